@@ -1,0 +1,90 @@
+"""One call of a per-example function: its arguments checked, flattened and split into chunks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from pegrad import trees
+from pegrad.errors import ArgumentError, LeafError
+from pegrad.strategies.base import Problem, Values
+from pegrad.tracing.loss import FlatLoss
+from pegrad.trees import PyTree
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a call."""
+
+    problem: Problem
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A loss, its parameters and a batch of at least one row.
+
+    An empty batch becomes one row of zeros that the mask takes out again: what an empty batch must return, shapes
+    and all, is then what a batch of padding returns.
+    """
+
+    problem: Problem
+    loss: FlatLoss
+    params: optree.PyTreeSpec
+    mask: Tensor | None
+    size: int  # rows that the user gave
+
+    @classmethod
+    def of(cls, loss: Any, params: PyTree, batch: PyTree, mask: Tensor | None) -> "Call":
+        """Check and flatten the arguments of a call.
+
+        Raises:
+            LeafError: a leaf of the wrong type, dtype or leading axis, or a mask that is not boolean `(B,)`.
+        """
+        leaves, params_spec = trees.flatten_params(params)
+        rows, batch_spec, size = trees.flatten_batch(batch)
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (size,)):
+            raise LeafError(
+                f"mask has dtype {mask.dtype} and shape {tuple(mask.shape)}: expected torch.bool and ({size},), "
+                "True for examples and False for padding"
+            )
+        if size == 0:
+            rows = [row.new_zeros(1, *row.shape[1:]) for row in rows]
+            mask = torch.zeros(1, dtype=torch.bool, device=rows[0].device)
+        flat = FlatLoss(loss, params_spec, batch_spec)
+        return cls(Problem(flat, leaves, rows), flat, params_spec, mask, size)
+
+    def chunks(self, size: int | None) -> Iterator[Chunk]:
+        """Split the rows into chunks of at most `size`; None: one chunk."""
+        rows = self.problem.batch_size
+        size = size or rows
+        for start in range(0, rows, size):
+            part = slice(start, start + size)
+            problem = replace(self.problem, batch=[leaf[part] for leaf in self.problem.batch])
+            yield Chunk(problem, None if self.mask is None else self.mask[part])
+
+    def rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Join the chunks' rows `(b, ...)`, padding set to zero: `(B, ...)`."""
+        whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        if self.mask is not None:
+            padding = ~self.mask.reshape(-1, *[1] * (whole.dim() - 1))
+            whole = whole.masked_fill(padding, 0)
+        return whole[: self.size]
+
+    def losses(self, parts: Sequence[Values]) -> Tensor:
+        """Join the chunks' losses: `(B,)`, 0 for padding."""
+        return self.rows([values.losses for values in parts])
+
+    def aux(self, parts: Sequence[Values]) -> PyTree:
+        """Join the chunks' aux into what the loss returned, each leaf `(B, ...)`."""
+        columns = zip(*(values.aux for values in parts), strict=True)
+        return self.loss.unflatten_aux([torch.cat(column)[: self.size] for column in columns])
+
+
+def check_size(name: str, size: int | None) -> None:
+    """Raise `ArgumentError` unless `size` is None or a whole number >= 1."""
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ArgumentError(f"Expected {name} to be None or a whole number >= 1, got {name}={size}")

@@ -1,0 +1,202 @@
+"""The stateless step of differentially private SGD: clip, add noise, update."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pegrad import random, trees
+from pegrad.clipping import check_positive
+from pegrad.errors import ArgumentError
+from pegrad.per_example import ClippedGrad, Loss, clipped_grad
+from pegrad.strategies import Strategy
+from pegrad.trees import PyTree
+
+
+class State(NamedTuple):
+    """What a training run is, beside its parameters: plain tensors and numbers."""
+
+    key: Tensor
+    """The run's key; every step folds its counter in, so the key itself never changes."""
+    step: int
+    """Steps taken."""
+    optimizer: Any
+    """The optimizer's own state."""
+
+
+class Metrics(NamedTuple):
+    """What a step saw of single examples: for the experimenter's eyes, not covered by any privacy guarantee."""
+
+    losses: Tensor
+    """`(B,)`; 0 for padding."""
+    norms: Tensor
+    """`(B,)`, before clipping; 0 for padding."""
+    aux: PyTree
+    """What the loss returned beside the scalar."""
+    non_finite: Tensor
+    """Examples that contributed zero because their gradient was not finite, int64 scalar."""
+
+
+class Step(NamedTuple):
+    """What a step returns."""
+
+    params: PyTree
+    state: State
+    metrics: Metrics
+
+
+def add_noise(key: Tensor, grads: PyTree, std: float) -> PyTree:
+    """Add independent normal noise to every number of a pytree.
+
+    Args:
+        key: a key that is used for nothing else; see `pegrad.random`.
+        grads: pytree of floating-point tensors.
+        std: standard deviation, >= 0: noise multiplier times sensitivity.
+
+    Returns:
+        A pytree like `grads`; `grads` itself for `std` 0.
+
+    Raises:
+        ArgumentError: `std` is negative or not finite.
+
+    Guarantee: no two numbers of the pytree, and no two keys, share a value of the keystream. Bound to
+    `test_noise_follows_the_stated_law` and `test_no_value_is_shared_by_leaves_steps_or_keys`.
+
+    Source: Abadi et al. 2016, Algorithm 1 (add noise).
+    """
+    if not 0 <= std < float("inf"):
+        raise ArgumentError(f"Expected std to be a finite number >= 0, got std={std}")
+    if std == 0:
+        return grads
+    return trees.map(lambda noise, grad: noise.mul_(std).add_(grad), random.tree_normal(key, grads), grads)
+
+
+def dp_sgd(
+    loss: Loss,
+    optimizer: Any,
+    *,
+    clip_norm: float,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    strategy: str | Strategy = "auto",
+    microbatch_size: int | None = None,
+) -> "DPSGD":
+    """Make the step of differentially private SGD.
+
+    Args:
+        loss: `loss(params, example) -> scalar` or `(scalar, aux)`, a pure function of one example.
+        optimizer: a pair `(init, update)` in optax's sense: `init(params) -> state` and `update(grads, state, params)
+            -> (updates, state)`, updates being added to the parameters. Those of `pegrad.optim`, TorchOpt's, or
+            one's own.
+        clip_norm: bound C on the norm of each example's gradient, > 0.
+        noise_multiplier: standard deviation of the noise over the sensitivity, >= 0.
+        expected_batch_size: public constant that the sum of gradients is divided by, > 0; for Poisson sampling,
+            sampling rate times number of examples.
+        strategy: how gradients are computed; see `pegrad.per_example_grad`.
+        microbatch_size: see `pegrad.clipped_grad`.
+
+    Returns:
+        A `DPSGD`: `init(params, key) -> State` and itself `(params, state, batch, mask=None) -> Step`.
+
+    Raises:
+        ArgumentError: a number out of its bounds, an unknown strategy, or an optimizer without `init` and `update`.
+
+    Guarantee: see `DPSGD`.
+
+    >>> import torch, pegrad
+    >>> def loss(params, example):
+    ...     x, y = example
+    ...     return (params["w"] @ x - y) ** 2
+    >>> step = dp_sgd(loss, pegrad.optim.sgd(0.1), clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=2)
+    >>> params = {"w": torch.zeros(3)}
+    >>> state = step.init(params, pegrad.random.key(0))
+    >>> params, state, metrics = step(params, state, (torch.eye(3)[:2], torch.ones(2)))
+    >>> state.step, metrics.norms
+    (1, tensor([2., 2.]))
+    """
+    if not 0 <= noise_multiplier < float("inf"):
+        raise ArgumentError(
+            f"Expected noise_multiplier to be a finite number >= 0, got noise_multiplier={noise_multiplier}"
+        )
+    check_positive("expected_batch_size", expected_batch_size)
+    clipped = clipped_grad(
+        loss,
+        clip_norm=clip_norm,
+        strategy=strategy,
+        microbatch_size=microbatch_size,
+        normalize_by=expected_batch_size,
+    )
+    return DPSGD(clipped, _pure_update(optimizer), optimizer.init, noise_multiplier)
+
+
+@dataclass(frozen=True)
+class DPSGD:
+    """A step of differentially private SGD. Made by `dp_sgd`.
+
+    Guarantee: the new parameters are a function of the old ones, the state and a Gaussian mechanism: the clipped sum
+    plus noise of standard deviation `noise_multiplier * sensitivity`, added once, whatever the micro-batches are. Bound
+    to `test_step_adds_noise_of_the_stated_law`. What that amounts to over a run depends on how batches are drawn:
+    see `pegrad.accounting`.
+
+    Source: Abadi et al. 2016, Algorithm 1.
+    """
+
+    clipped_grad: ClippedGrad
+    update: Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]
+    init_optimizer: Callable[[PyTree], Any]
+    noise_multiplier: float
+
+    def init(self, params: PyTree, key: Tensor) -> State:
+        """Return the state before the first step.
+
+        Args:
+            params: pytree of floating-point tensors.
+            key: the run's key, of `pegrad.random.key`. Two runs on one data set need two keys.
+
+        Raises:
+            ArgumentError: `key` is no key.
+            LeafError: a leaf of `params` is no floating-point tensor.
+        """
+        random.check_key(key)
+        trees.flatten_params(params)
+        return State(key, 0, self.init_optimizer(params))
+
+    def __call__(self, params: PyTree, state: State, batch: PyTree, mask: Tensor | None = None) -> Step:
+        """Take one step: same arguments, same result, bit for bit; no argument is changed.
+
+        Args:
+            params: pytree of floating-point tensors.
+            state: what `init` or the step before returned.
+            batch: pytree of tensors with one leading axis `B >= 0`.
+            mask: `(B,)`, boolean; False marks padding. None: every row is an example.
+
+        Returns:
+            New parameters, new state, and metrics.
+
+        Raises:
+            LeafError, LossError: as `pegrad.per_example_grad`.
+        """
+        with torch.no_grad():
+            params = trees.map(Tensor.detach, params)
+            grads, *seen = self.clipped_grad(params, batch, mask)
+            std = self.noise_multiplier * self.clipped_grad.sensitivity
+            grads = add_noise(random.fold_in(state.key, state.step), grads, std)
+            updates, optimizer = self.update(grads, state.optimizer, params)
+            params = trees.map(lambda p, u: p + u.to(p.dtype), params, updates)
+        return Step(params, State(state.key, state.step + 1, optimizer), Metrics(*seen))
+
+
+def _pure_update(optimizer: Any) -> Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]:
+    """Call an optimizer's update so that it changes nothing in place, whatever it takes its parameters for."""
+    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
+        raise ArgumentError(
+            f"Expected optimizer to have init and update, got {type(optimizer).__name__}: use pegrad.optim, TorchOpt's "
+            "functional transformations or a pair of your own; a torch.optim.Optimizer changes parameters in place"
+        )
+    accepted = inspect.signature(optimizer.update).parameters
+    if "inplace" in accepted:  # TorchOpt's default writes the updates over the gradients
+        return lambda grads, state, params: optimizer.update(grads, state, params=params, inplace=False)
+    return optimizer.update

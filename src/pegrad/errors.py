@@ -1,0 +1,29 @@
+"""Every error pegrad raises on purpose: one base class, one class for each kind of mistake."""
+
+
+class PegradError(Exception):
+    """Base class of every error that pegrad raises on purpose."""
+
+
+class ArgumentError(PegradError, ValueError):
+    """An argument is outside what the function accepts; the message names it and its value."""
+
+
+class LeafError(PegradError, TypeError):
+    """A leaf of a pytree has the wrong type, dtype or shape; the message names it by its path."""
+
+
+class LossError(PegradError, TypeError):
+    """The loss is not a scalar function of one example, or couples the examples of a batch."""
+
+
+class MissingExtraError(PegradError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class DataFileError(PegradError, ValueError):
+    """A data file is missing, truncated or not of the expected format."""
+
+
+class BatchOverflowError(PegradError, RuntimeError):
+    """A random batch drew more examples than its stated maximum."""

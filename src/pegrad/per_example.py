@@ -1,0 +1,232 @@
+"""What a user calls: per-example gradients, their norms, and their clipped sum, as pure functions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pegrad import trees
+from pegrad.call import Call, check_size
+from pegrad.clipping import check_positive, clip_weights
+from pegrad.strategies import Strategy, resolve
+from pegrad.strategies.base import Leaves
+from pegrad.trees import PyTree
+
+Loss = Callable[[Any, Any], Any]
+
+
+class PerExample(NamedTuple):
+    """Every example's gradient, and what its forward pass gave."""
+
+    grads: PyTree
+    """Like the parameters, each leaf with a leading axis `B`."""
+    losses: Tensor
+    """`(B,)`"""
+    aux: PyTree
+    """What the loss returned beside the scalar, each leaf with a leading axis `B`; None if it returned nothing."""
+
+
+class Clipped(NamedTuple):
+    """The sum of clipped gradients, and what the forward pass gave for each example.
+
+    Only `grads` is bounded by the sensitivity; the other fields tell of single examples, without any protection.
+    """
+
+    grads: PyTree
+    """Like the parameters, in at least float32: the sum of clipped gradients over `normalize_by`."""
+    losses: Tensor
+    """`(B,)`; 0 for padding."""
+    norms: Tensor
+    """`(B,)`, before clipping, in at least float32; 0 for padding."""
+    aux: PyTree
+    """What the loss returned beside the scalar, each leaf with a leading axis `B`; None if it returned nothing."""
+    non_finite: Tensor
+    """Number of examples that contributed zero because their gradient was not finite, int64 scalar."""
+
+
+def per_example_grad(
+    loss: Loss, *, strategy: str | Strategy = "auto", chunk_size: int | None = None
+) -> Callable[..., PyTree]:
+    """Make a function that returns the gradient of `loss` for each example of a batch.
+
+    Args:
+        loss: `loss(params, example) -> scalar` or `(scalar, aux)`: a pure function of one example, without a batch
+            axis.
+        strategy: a key of `pegrad.STRATEGIES`, `auto`, or a `Strategy`.
+        chunk_size: examples computed at a time, >= 1; it bounds the memory of the intermediate values. None: all.
+
+    Returns:
+        `(params, batch, mask=None) -> grads`: a pytree like `params`, each leaf with a leading axis `B`. `mask`
+        `(B,)`, boolean, marks with False the rows that are padding, whose gradient is returned as zero.
+
+    Raises:
+        ArgumentError: unknown strategy, or `chunk_size` below 1.
+        LeafError: on a call, a leaf of `params` or `batch` of the wrong type, dtype or leading axis.
+        LossError: on a call, the loss is no scalar function of one example.
+
+    >>> import torch
+    >>> def loss(params, example):
+    ...     x, y = example
+    ...     return (params["w"] @ x - y) ** 2
+    >>> batch = torch.eye(2), torch.tensor([0.0, 1.0])
+    >>> per_example_grad(loss)({"w": torch.ones(2)}, batch)
+    {'w': tensor([[2., 0.],
+            [0., 0.]])}
+    """
+    function = per_example_value_and_grad(loss, strategy=strategy, chunk_size=chunk_size)
+
+    def grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PyTree:
+        return function(params, batch, mask).grads
+
+    return grads
+
+
+def per_example_value_and_grad(
+    loss: Loss, *, strategy: str | Strategy = "auto", chunk_size: int | None = None
+) -> Callable[..., PerExample]:
+    """Make a function that returns gradient, loss and aux for each example of a batch.
+
+    Args:
+        loss: as for `per_example_grad`.
+        strategy: as for `per_example_grad`.
+        chunk_size: as for `per_example_grad`.
+
+    Returns:
+        `(params, batch, mask=None) -> PerExample`.
+
+    Raises:
+        ArgumentError, LeafError, LossError: as `per_example_grad`.
+    """
+    chosen = resolve(strategy)
+    check_size("chunk_size", chunk_size)
+
+    def values_and_grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PerExample:
+        call = Call.of(loss, params, batch, mask)
+        answers = [chosen.stacked(chunk.problem) for chunk in call.chunks(chunk_size)]
+        grads, values = zip(*answers, strict=True)
+        leaves = [call.rows(parts) for parts in zip(*grads, strict=True)]
+        return PerExample(trees.unflatten(call.params, leaves), call.losses(values), call.aux(values))
+
+    return values_and_grads
+
+
+def per_example_norm(
+    loss: Loss, *, strategy: str | Strategy = "auto", chunk_size: int | None = None
+) -> Callable[..., Tensor]:
+    """Make a function that returns the norm of each example's gradient.
+
+    Args:
+        loss: as for `per_example_grad`.
+        strategy: as for `per_example_grad`.
+        chunk_size: as for `per_example_grad`.
+
+    Returns:
+        `(params, batch, mask=None) -> norms`, `(B,)`, in at least float32: Euclidean, over all leaves together; 0
+        for padding.
+
+    Raises:
+        ArgumentError, LeafError, LossError: as `per_example_grad`.
+    """
+    chosen = resolve(strategy)
+    check_size("chunk_size", chunk_size)
+
+    def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
+        call = Call.of(loss, params, batch, mask)
+        squares = [chosen.squared_norms(chunk.problem)[0] for chunk in call.chunks(chunk_size)]
+        return call.rows(squares).clamp(min=0).sqrt()
+
+    return norms
+
+
+def clipped_grad(
+    loss: Loss,
+    *,
+    clip_norm: float,
+    strategy: str | Strategy = "auto",
+    microbatch_size: int | None = None,
+    normalize_by: float = 1.0,
+) -> "ClippedGrad":
+    """Make the function whose value is a batch's sum of clipped per-example gradients.
+
+    Args:
+        loss: as for `per_example_grad`.
+        clip_norm: bound C on the Euclidean norm of each example's gradient over all leaves, > 0.
+        strategy: as for `per_example_grad`.
+        microbatch_size: examples whose gradients are computed at a time, >= 1; the sum is accumulated over them, at
+            constant memory (1 is Lee et al. 2021, NanoBatch). The result is the same for every value, up to
+            rounding. None: all at once.
+        normalize_by: public constant to divide the sum by, > 0, such as the expected batch size.
+
+    Returns:
+        A pure function `(params, batch, mask=None) -> Clipped` with attribute `sensitivity`.
+
+    Raises:
+        ArgumentError: unknown strategy, or a number out of its bounds.
+        LeafError, LossError: on a call, as `per_example_grad`.
+
+    Guarantee: see `ClippedGrad`.
+
+    Source: Abadi et al. 2016, Algorithm 1.
+    """
+    check_positive("clip_norm", clip_norm)
+    check_positive("normalize_by", normalize_by)
+    check_size("microbatch_size", microbatch_size)
+    return ClippedGrad(loss, clip_norm, resolve(strategy), microbatch_size, normalize_by)
+
+
+@dataclass(frozen=True)
+class ClippedGrad:
+    """The sum of a batch's clipped gradients, over a public constant. Made by `clipped_grad`.
+
+    Guarantee: for batches that differ by one example, added or removed, the Euclidean distance of the two values of
+    `Clipped.grads` over all leaves is at most `sensitivity`, up to floating-point rounding; whatever the example
+    is, NaN and infinity included. Nothing is divided by the size of the batch, nor by any other function of the
+    data. Bound to `test_neighbouring_batches_differ_by_at_most_the_sensitivity`.
+    """
+
+    loss: Loss
+    clip_norm: float
+    strategy: Strategy
+    microbatch_size: int | None
+    normalize_by: float
+
+    @property
+    def sensitivity(self) -> float:
+        """How far one example, added or removed, can move the value: `clip_norm / normalize_by`."""
+        return self.clip_norm / self.normalize_by
+
+    def __call__(self, params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Clipped:
+        """Evaluate the sum.
+
+        Args:
+            params: pytree of floating-point tensors.
+            batch: pytree of tensors with one leading axis `B >= 0`.
+            mask: `(B,)`, boolean; False marks padding, which contributes exactly zero. None: every row is an example.
+
+        Returns:
+            A `Clipped`. For `B = 0` its gradients are exact zeros.
+
+        Raises:
+            LeafError: a leaf of `params` or `batch` of the wrong type, dtype or leading axis.
+            LossError: the loss is no scalar function of one example.
+        """
+        call = Call.of(self.loss, params, batch, mask)
+        sums: Leaves = []
+        squares, values = [], []
+        for chunk in call.chunks(self.microbatch_size):
+            weigh = partial(clip_weights, clip_norm=self.clip_norm, mask=chunk.mask)
+            parts, norms, value = self.strategy.weighted_sum(chunk.problem, weigh)
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+            squares.append(norms)
+            values.append(value)
+        non_finite = call.rows([~torch.isfinite(norms) for norms in squares]).sum()
+        return Clipped(
+            trees.unflatten(call.params, [leaf / self.normalize_by for leaf in sums]),
+            call.losses(values),
+            call.rows(squares).clamp(min=0).sqrt(),
+            call.aux(values),
+            non_finite,
+        )

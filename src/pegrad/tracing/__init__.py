@@ -1,0 +1,1 @@
+"""What a loss does while it runs: calls of PyTorch functions, seen and replaced."""

@@ -1,0 +1,100 @@
+"""Pytrees in one place: optree's flattening, and checks whose errors name the leaf.
+
+`torch.func` knows only torch's own pytree, which keeps dict insertion order and takes `None` for a leaf;
+optree sorts dict keys and takes `None` for a node. So pegrad flattens with optree at its edge, hands plain
+lists of tensors to `torch.func`, and unflattens at the end.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from pegrad.errors import LeafError
+
+NAMESPACE = "pegrad"
+
+PyTree = Any
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Split a pytree into its leaves and the structure that `unflatten` puts them back into."""
+    leaves, spec = optree.tree_flatten(tree, namespace=NAMESPACE)
+    return leaves, spec
+
+
+def unflatten(spec: optree.PyTreeSpec, leaves: list[Any]) -> PyTree:
+    """Put leaves back into the structure that `flatten` returned."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def leaves(tree: PyTree) -> list[Any]:
+    """Return the leaves of a pytree, in flattening order."""
+    return flatten(tree)[0]
+
+
+def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Apply a function leaf by leaf to pytrees of one structure."""
+    return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
+
+
+def paths(tree: PyTree) -> list[str]:
+    """Return one readable path for each leaf, such as `['conv']['weight']`, in flattening order."""
+    return [accessor.codify("") for accessor in optree.tree_accessors(tree, namespace=NAMESPACE)]
+
+
+def flatten_params(params: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec]:
+    """Flatten parameters, having checked that every leaf can carry a gradient.
+
+    Raises:
+        LeafError: a leaf is not a tensor, or not of a floating-point dtype; or there is no leaf at all.
+    """
+    leaves, spec = flatten(params)
+    if not leaves:
+        raise LeafError("params has no leaves: expected a pytree with at least one floating-point tensor")
+    for path, leaf in zip(paths(params), leaves, strict=True):
+        _check_tensor("params", path, leaf)
+        if not leaf.is_floating_point():
+            raise LeafError(
+                f"params{path} has dtype {leaf.dtype}, which has no gradient: expected a floating-point tensor. "
+                "Pass integer tensors in the batch, or close over them in the loss"
+            )
+    return leaves, spec
+
+
+def flatten_batch(batch: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec, int]:
+    """Flatten a batch, having checked that its leaves agree on the leading axis.
+
+    Returns:
+        The leaves, the structure, and `B`.
+
+    Raises:
+        LeafError: a leaf is not a tensor, has no axis, or disagrees on `B`; or there is no leaf at all.
+    """
+    leaves, spec = flatten(batch)
+    if not leaves:
+        raise LeafError("batch has no leaves: expected a pytree of tensors with one leading batch axis")
+    names = paths(batch)
+    for path, leaf in zip(names, leaves, strict=True):
+        _check_tensor("batch", path, leaf)
+        if leaf.dim() == 0:
+            raise LeafError(
+                f"batch{path} is a scalar: expected a leading batch axis. Close over constants in the loss instead"
+            )
+    sizes = [leaf.shape[0] for leaf in leaves]
+    for path, size in zip(names, sizes, strict=True):
+        if size != sizes[0]:
+            raise LeafError(
+                f"batch{path} has {size} examples but batch{names[0]} has {sizes[0]}: "
+                "every leaf needs the same leading axis. Close over what the examples share in the loss"
+            )
+    return leaves, spec, sizes[0]
+
+
+def _check_tensor(what: str, path: str, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor):
+        raise LeafError(
+            f"{what}{path} is of type {type(leaf).__name__}: expected a torch.Tensor. "
+            "Convert it (torch.as_tensor) or take it out of the pytree"
+        )

@@ -1,0 +1,54 @@
+"""The one oracle: a loop of `torch.autograd.grad` over the examples, in float64, with nothing of pegrad in it."""
+
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+NAMESPACE = "pegrad"
+
+
+def double(tree: Any) -> Any:
+    """Turn every floating-point leaf to float64."""
+    return optree.tree_map(lambda t: t.double() if t.is_floating_point() else t, tree, namespace=NAMESPACE)
+
+
+def rows(batch: Any) -> list[Any]:
+    """Split a batch into its examples."""
+    size = optree.tree_leaves(batch, namespace=NAMESPACE)[0].shape[0]
+    return [optree.tree_map(lambda t, b=b: t[b], batch, namespace=NAMESPACE) for b in range(size)]
+
+
+def per_example_grads(loss: Any, params: Any, batch: Any) -> list[Tensor]:
+    """One tensor `(B, *leaf.shape)` for each leaf of `params`, float64."""
+    leaves, spec = optree.tree_flatten(double(params), namespace=NAMESPACE)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    stacked = []
+    for example in rows(double(batch)):
+        result = loss(optree.tree_unflatten(spec, leaves), example)
+        value = result[0] if isinstance(result, tuple) else result
+        grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        stacked.append(grads)
+    return [torch.stack(column) for column in zip(*stacked, strict=True)]
+
+
+def norms(grads: list[Tensor]) -> Tensor:
+    """Norm of each row over all leaves."""
+    return torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
+
+
+def clipped_sum(grads: list[Tensor], clip_norm: float) -> list[Tensor]:
+    """Sum of the rows, each scaled down to norm `clip_norm` where it is longer."""
+    scale = (clip_norm / norms(grads)).clamp(max=1)
+    return [torch.einsum("b,b...->...", scale, g) for g in grads]
+
+
+def assert_close(actual: Any, expected: list[Tensor], relative: float = 1e-10) -> None:
+    """Compare leaf by leaf; the error is relative to the leaf's largest entry."""
+    leaves = optree.tree_leaves(actual, namespace=NAMESPACE)
+    assert len(leaves) == len(expected)
+    for got, want in zip(leaves, expected, strict=True):
+        assert got.shape == want.shape
+        error = (got - want).abs().max() if want.numel() else torch.zeros(())
+        assert error <= relative * want.abs().max().clamp(min=1e-12), f"relative error {error / want.abs().max()}"
