@@ -1,0 +1,390 @@
+"""Functional optimizers: pure `(init, update)` pairs in the sense of optax, composed of short ones.
+
+An optimizer turns gradients into updates, and new parameters are `params + updates`. It is a pair:
+`init(params)` returns a state, and `update(grads, state, params)` returns the updates and the next state.
+Nothing is mutated. States are trees of tensors and plain Python integers.
+
+Updates are differentiable functions of what they are given, so parameters that require gradients (a module's
+own, say) want `detach()` first, or every step would keep the graph of all the steps before it.
+
+Long optimizers are chains of short ones; `adamw`, for one, is
+
+    chain(scale_by_adam(), add_decayed_weights(0.01), scale_by_learning_rate(1e-3))
+
+A learning rate is a number or a schedule: any function from the step, counted from 0, to a number.
+
+>>> import torch
+>>> optimizer = sgd(linear_warmup(0.1, steps=100), momentum=0.9)
+>>> params = {"weight": torch.ones(2)}
+>>> state = optimizer.init(params)
+>>> grads = {"weight": torch.tensor([1.0, -1.0])}
+>>> updates, state = optimizer.update(grads, state, params)
+>>> params = apply_updates(params, updates)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from pegrad import trees
+from pegrad.errors import ArgumentError
+from pegrad.trees import PyTree
+
+State = Any
+Schedule = Callable[[int], float]
+
+
+class GradientTransformation(NamedTuple):
+    """A pair of pure functions that turns gradients into other gradients, or into updates.
+
+    Attributes:
+        init: `params -> state`.
+        update: `(grads, state, params) -> (updates, state)`; updates have the structure, shapes and dtypes of
+            the gradients, which are those of the parameters.
+    """
+
+    init: Callable[[PyTree], State]
+    update: Callable[[PyTree, State, PyTree], tuple[PyTree, State]]
+
+
+class AdamState(NamedTuple):
+    """What `scale_by_adam` remembers: the steps taken and the two running moments of the gradient."""
+
+    steps: int
+    mean: PyTree
+    square: PyTree
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """Return `params + updates`, leaf by leaf.
+
+    Args:
+        params: a pytree of floating-point tensors.
+        updates: a pytree of the same structure and shapes.
+
+    Returns:
+        New parameters; each leaf keeps the dtype of the parameter it replaces.
+    """
+    return trees.map(lambda param, update: (param + update).to(param.dtype), params, updates)
+
+
+def sgd(
+    learning_rate: float | Schedule,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> GradientTransformation:
+    """Stochastic gradient descent, equal to `torch.optim.SGD` up to rounding.
+
+    Args:
+        learning_rate: a number at least 0, or a schedule of the step.
+        momentum: the factor that keeps past gradients, in [0, 1).
+        nesterov: look one step ahead along the momentum, which must then be positive.
+        weight_decay: the factor, at least 0, of the parameters that is added to the gradients.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+    """
+    return chain(
+        add_decayed_weights(weight_decay),
+        trace(momentum, nesterov=nesterov),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def adam(
+    learning_rate: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> GradientTransformation:
+    """Adam, equal to `torch.optim.Adam` up to rounding.
+
+    Args:
+        learning_rate: a number at least 0, or a schedule of the step.
+        b1: the decay of the first moment, in [0, 1).
+        b2: the decay of the second moment, in [0, 1).
+        eps: the positive number added to the root of the second moment.
+        weight_decay: the factor, at least 0, of the parameters that is added to the gradients before their
+            moments are taken (an L2 penalty).
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    Source:
+        Kingma and Ba 2015, Algorithm 1.
+    """
+    return chain(
+        add_decayed_weights(weight_decay),
+        scale_by_adam(b1=b1, b2=b2, eps=eps),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamw(
+    learning_rate: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> GradientTransformation:
+    """Adam with decoupled weight decay, equal to `torch.optim.AdamW` up to rounding.
+
+    Args:
+        learning_rate: a number at least 0, or a schedule of the step.
+        b1: the decay of the first moment, in [0, 1).
+        b2: the decay of the second moment, in [0, 1).
+        eps: the positive number added to the root of the second moment.
+        weight_decay: the fraction of the parameters, at least 0, that a step at learning rate 1 would remove.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    Source:
+        Loshchilov and Hutter 2019, Algorithm 2.
+    """
+    return chain(
+        scale_by_adam(b1=b1, b2=b2, eps=eps),
+        add_decayed_weights(weight_decay),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def chain(*transformations: GradientTransformation) -> GradientTransformation:
+    """Apply transformations one after the other, each to the updates of the one before it.
+
+    Args:
+        transformations: any number of them; none at all leaves gradients as they are.
+
+    Returns:
+        Their composition, whose state is the tuple of theirs.
+    """
+
+    def init(params: PyTree) -> State:
+        return tuple(transformation.init(params) for transformation in transformations)
+
+    def update(grads: PyTree, state: State, params: PyTree) -> tuple[PyTree, State]:
+        next_states = []
+        for transformation, own_state in zip(transformations, state, strict=True):
+            grads, own_state = transformation.update(grads, own_state, params)
+            next_states.append(own_state)
+        return grads, tuple(next_states)
+
+    return GradientTransformation(init, update)
+
+
+def add_decayed_weights(weight_decay: float) -> GradientTransformation:
+    """Add `weight_decay * params` to the gradients.
+
+    Args:
+        weight_decay: a number at least 0; 0 leaves the gradients exactly as they are.
+
+    Returns:
+        A transformation without state.
+
+    Raises:
+        ArgumentError: `weight_decay` is negative or not finite.
+    """
+    _expect(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "a finite number at least 0")
+    if weight_decay == 0:
+        return chain()
+
+    def update(grads: PyTree, state: State, params: PyTree) -> tuple[PyTree, State]:
+        return trees.map(lambda grad, param: grad + weight_decay * param, grads, params), state
+
+    return GradientTransformation(lambda params: (), update)
+
+
+def trace(momentum: float, *, nesterov: bool = False) -> GradientTransformation:
+    """Replace gradients by their running sum, in which a gradient fades by `momentum` at every step.
+
+    Args:
+        momentum: a number in [0, 1); 0 leaves the gradients as they are and keeps no state.
+        nesterov: return what the sum would be one step ahead, should the gradient stay as it is; wants a
+            momentum above 0.
+
+    Returns:
+        A transformation whose state is the sum, a pytree like the parameters.
+
+    Raises:
+        ArgumentError: `momentum` is outside its bounds.
+
+    Source:
+        Sutskever et al. 2013, Section 2, in the form of `torch.optim.SGD` (learning rate outside of the sum).
+    """
+    _expect(0 <= momentum < 1, "momentum", momentum, "a number in [0, 1)")
+    _expect(momentum > 0 or not nesterov, "momentum", momentum, "above 0 when nesterov=True")
+    if momentum == 0:
+        return chain()
+
+    def update(grads: PyTree, state: State, params: PyTree) -> tuple[PyTree, State]:
+        state = trees.map(lambda grad, past: grad + momentum * past, grads, state)
+        if nesterov:
+            grads = trees.map(lambda grad, total: grad + momentum * total, grads, state)
+            return grads, state
+        return state, state
+
+    return GradientTransformation(_zeros_like, update)
+
+
+def scale_by_adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> GradientTransformation:
+    """Divide the running mean of the gradients by the root of their running mean square.
+
+    Args:
+        b1: the decay of the mean, in [0, 1).
+        b2: the decay of the mean square, in [0, 1).
+        eps: the positive number added to the root.
+
+    Returns:
+        A transformation whose state is an `AdamState`.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    Source:
+        Kingma and Ba 2015, Algorithm 1, with its correction of the bias towards 0.
+    """
+    _expect(0 <= b1 < 1, "b1", b1, "a number in [0, 1)")
+    _expect(0 <= b2 < 1, "b2", b2, "a number in [0, 1)")
+    _expect(0 < eps < math.inf, "eps", eps, "a finite number above 0")
+
+    def init(params: PyTree) -> AdamState:
+        return AdamState(0, _zeros_like(params), _zeros_like(params))
+
+    def update(grads: PyTree, state: AdamState, params: PyTree) -> tuple[PyTree, AdamState]:
+        steps = state.steps + 1
+        mean = trees.map(lambda grad, past: b1 * past + (1 - b1) * grad, grads, state.mean)
+        square = trees.map(lambda grad, past: b2 * past + (1 - b2) * grad * grad, grads, state.square)
+        mean_weight = 1 - b1**steps
+        root_weight = math.sqrt(1 - b2**steps)
+
+        def scale(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+            return (mean / mean_weight) / (square.sqrt() / root_weight + eps)
+
+        return trees.map(scale, mean, square), AdamState(steps, mean, square)
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransformation:
+    """Multiply gradients by `-learning_rate`: the last link of a chain, which makes a descent of it.
+
+    Args:
+        learning_rate: a number at least 0, or a schedule of the step.
+
+    Returns:
+        A transformation whose state is the number of steps taken, a Python integer.
+
+    Raises:
+        ArgumentError: the learning rate is negative or not finite; a schedule's is checked at every step.
+    """
+    schedule = learning_rate if callable(learning_rate) else constant(learning_rate)
+
+    def update(grads: PyTree, step: int, params: PyTree) -> tuple[PyTree, int]:
+        rate = _checked_rate(schedule(step))
+        return trees.map(lambda grad: -rate * grad, grads), step + 1
+
+    return GradientTransformation(lambda params: 0, update)
+
+
+def constant(learning_rate: float) -> Schedule:
+    """Return one learning rate at every step.
+
+    Args:
+        learning_rate: a number at least 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ArgumentError: the learning rate is negative or not finite.
+    """
+    _checked_rate(learning_rate)
+    return lambda step: learning_rate
+
+
+def cosine_decay(peak: float, steps: int, final: float = 0.0) -> Schedule:
+    """Fall from `peak` to `final` along half a cosine over `steps` steps, and stay there.
+
+    Args:
+        peak: the learning rate at step 0, at least 0.
+        steps: how many steps the fall takes, at least 1.
+        final: the learning rate from step `steps` on, at least 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    Source:
+        Loshchilov and Hutter 2017, Equation 5, without restarts.
+
+    >>> [round(cosine_decay(1.0, steps=2)(step), 3) for step in range(4)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    _checked_rate(peak, "peak")
+    _checked_rate(final, "final")
+    _expect(steps >= 1, "steps", steps, "at least 1")
+
+    def schedule(step: int) -> float:
+        return final + (peak - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+    return schedule
+
+
+def linear_warmup(then: float | Schedule, steps: int) -> Schedule:
+    """Rise in a straight line over `steps` steps, then follow another schedule from its beginning.
+
+    The first step already moves: under differential privacy a step at learning rate 0 would spend privacy for
+    nothing.
+
+    Args:
+        then: the learning rate after the rise: a number at least 0, or a schedule, told the steps since then.
+        steps: how many steps stay below the peak, at least 0.
+
+    Returns:
+        The schedule, whose value is `then(0) * (step + 1) / (steps + 1)` while it rises.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    >>> [linear_warmup(1.0, steps=3)(step) for step in range(5)]
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    schedule = then if callable(then) else constant(then)
+    _expect(steps >= 0, "steps", steps, "at least 0")
+
+    def warmed_up(step: int) -> float:
+        return schedule(max(step - steps, 0)) * min((step + 1) / (steps + 1), 1.0)
+
+    return warmed_up
+
+
+def _checked_rate(rate: float, name: str = "learning_rate") -> float:
+    _expect(0 <= rate < math.inf, name, rate, "a finite number at least 0")
+    return rate
+
+
+def _zeros_like(params: PyTree) -> PyTree:
+    return trees.map(torch.zeros_like, params)
+
+
+def _expect(condition: bool, name: str, value: float, expected: str) -> None:
+    if not condition:
+        raise ArgumentError(f"Expected {name} to be {expected}, got {name}={value}.")
