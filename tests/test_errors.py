@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 import pegrad
 
-STRATEGIES = [*pegrad.STRATEGIES, "auto"]
+STRATEGIES = [*pegrad.STRATEGIES]
 PARAMS = {"w": torch.ones(3)}
 BATCH = torch.ones(2, 3)
 

@@ -1,17 +1,17 @@
 """Every strategy against the oracle, over every way a parameter can meet an operation."""
 
 import optree
-import oracle
 import pytest
 import torch
-from cases import CASES, B
 
+import oracle
 import pegrad
+from cases import CASES, B
 
 # PyTorch's own batching rule for attention is a loop on a CPU, and says so under strategies that rely on it.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
-STRATEGIES = [*pegrad.STRATEGIES, "auto"]
+STRATEGIES = [*pegrad.STRATEGIES]
 
 
 @pytest.fixture(autouse=True)

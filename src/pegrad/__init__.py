@@ -21,7 +21,7 @@ from pegrad.per_example import (
     per_example_value_and_grad,
 )
 from pegrad.rules.conv import KERNELS
-from pegrad.strategies import STRATEGIES, GroupedConv, Naive, Strategy, Vmap
+from pegrad.strategies import STRATEGIES, Auto, BookKeeping, Ghost, GroupedConv, Naive, Strategy, Vmap
 
 __version__ = "0.1.0"
 
@@ -30,10 +30,13 @@ __all__ = [
     "KERNELS",
     "STRATEGIES",
     "ArgumentError",
+    "Auto",
     "BatchOverflowError",
+    "BookKeeping",
     "Clipped",
     "ClippedGrad",
     "DataFileError",
+    "Ghost",
     "GroupedConv",
     "LeafError",
     "LossError",

@@ -1,6 +1,7 @@
-"""Convolution: geometry, the per-example weight gradient's kernels, their cost, and the vjp rule."""
+"""Convolution: geometry, kernels, their cost, the vjp rule, and the rule for norms and sums."""
 
-from pegrad.rules.conv.calls import replacements
+from pegrad.rules.conv.function import replacements
 from pegrad.rules.conv.kernels import KERNELS
+from pegrad.rules.conv.rule import RULES
 
-__all__ = ["KERNELS", "replacements"]
+__all__ = ["KERNELS", "RULES", "replacements"]

@@ -1,40 +1,17 @@
-"""Which weight gradient kernel is the cheapest for a call, by a model of its cost.
+"""What each convolution kernel does, counted from the shapes; and which gradient kernel is the cheapest."""
 
-The model is linear: every kernel does the same multiply-adds but at its own rate, writes the same stacked result but
-through its own number of copies, and pays for the calls that it makes. The constants are times in nanoseconds, fitted
-by `benchmarks/fit_kernel_costs.py` on the machine that `benchmarks/results/kernel_costs.json` names; another machine
-shifts all of them, which changes choices near a crossover only.
-"""
-
-from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
 
 from pegrad.rules.conv.geometry import Geometry
+from pegrad.rules.costs import Work, nanoseconds
 
-
-@dataclass(frozen=True)
-class Rates:
-    """What a kernel pays, in nanoseconds, for each unit of work."""
-
-    multiply_add: float
-    result: float  # each element of the stacked result
-    columns: float  # each element of the kernel's unfolded or rearranged input
-    call: float
-
-
-CPU: dict[str, Rates] = {
-    "grouped": Rates(0.016, 2.6, 0.0, 2e4),
-    "grouped_backward": Rates(0.007, 3.5, 0.0, 2e4),
-    "unfold": Rates(0.010, 1.2, 1.0, 2e4),
-    "offset": Rates(0.010, 2.0, 1.0, 1e4),
-    "loop": Rates(0.007, 1.3, 0.0, 3e4),
-}
+Shape = tuple[int, ...]
 
 
 def choose(x: Tensor, g: Tensor, geometry: Geometry) -> str:
-    """Name the kernel that costs least for these shapes.
+    """Name the stacked gradient's kernel that costs least for these shapes.
 
     Args:
         x: input, `(B, C, *size)`.
@@ -44,24 +21,44 @@ def choose(x: Tensor, g: Tensor, geometry: Geometry) -> str:
     Returns:
         A key of `KERNELS`. It depends on this call's shapes alone.
     """
-    costs = estimates(x.shape, g.shape, geometry)
-    return min(costs, key=costs.__getitem__)
+    work = stacking(tuple(x.shape), tuple(g.shape), geometry)
+    return min(work, key=lambda name: nanoseconds(name, work[name], x.device.type))
 
 
-def estimates(x: tuple[int, ...], g: tuple[int, ...], geometry: Geometry) -> dict[str, float]:
-    """Estimate each kernel's time in nanoseconds from the shapes of its arguments."""
-    batch, channels, *size = x
-    positions = prod(g[2:])
-    offsets = prod(geometry.kernel)
-    result = batch * g[1] * (channels // geometry.groups) * offsets
-    padded = batch * channels * prod(n + 2 * p for n, p in zip(size, geometry.padding, strict=True))
-    columns = {"unfold": batch * channels * offsets * positions, "offset": padded}
-    calls = {"offset": offsets, "loop": batch}
-    available = {name: rates for name, rates in CPU.items() if not (name == "grouped" and geometry.ndim == 3)}
-    return {
-        name: rates.multiply_add * result * positions
-        + rates.result * result
-        + rates.columns * columns.get(name, 0)
-        + rates.call * calls.get(name, 1)
-        for name, rates in available.items()
+def stacking(x: Shape, g: Shape, geometry: Geometry) -> dict[str, Work]:
+    """Count the work of each kernel that stacks gradients, for those that exist in this number of dimensions."""
+    batch, positions, offsets = x[0], prod(g[2:]), prod(geometry.kernel)
+    result = batch * g[1] * (x[1] // geometry.groups) * offsets
+    multiply_adds = result * positions
+    work = {
+        "grouped": Work(multiply_adds, result),
+        "grouped_backward": Work(multiply_adds, result),
+        "unfold": Work(multiply_adds, result, batch * x[1] * offsets * positions),
+        "offset": Work(multiply_adds, result, prod(x), offsets),
+        "loop": Work(multiply_adds, result, calls=batch),
     }
+    if geometry.ndim == 3:
+        del work["grouped"]
+    return work
+
+
+def gramming(x: Shape, g: Shape, geometry: Geometry) -> dict[str, Work]:
+    """Count the work of each kernel that finds norms from Gram matrices."""
+    batch, positions, offsets, groups = x[0], prod(g[2:]), prod(geometry.kernel), geometry.groups
+    padded = prod(n + 2 * p for n, p in zip(x[2:], geometry.padding, strict=True))
+    pairs = positions**2
+    return {
+        "gram_unfolded": Work(
+            batch * pairs * (x[1] * offsets + g[1]), moved=batch * (x[1] * offsets * positions + 3 * groups * pairs)
+        ),
+        "gram_box": Work(
+            batch * (padded**2 * x[1] + pairs * g[1]),
+            moved=batch * groups * (padded**2 + (sum(geometry.kernel) + 2) * pairs),
+        ),
+    }
+
+
+def summing(x: Shape, g: Shape, geometry: Geometry) -> Work:
+    """Count the work of the native weight gradient of the weighted batch."""
+    multiply_adds = prod(g) * (x[1] // geometry.groups) * prod(geometry.kernel)
+    return Work(multiply_adds, g[1] * (x[1] // geometry.groups) * prod(geometry.kernel), prod(g))

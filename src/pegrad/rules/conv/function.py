@@ -10,17 +10,43 @@ vmapped axis into the batch axis and run once; the weight gradient calls a kerne
 each example. That is the rule of Rochette, Manoel & Tramel 2019 ("crb").
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pegrad.rules.conv.calls import READERS, Convolution
 from pegrad.rules.conv.cost import choose
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.conv.kernels import KERNELS
 
 Dims = tuple[int | None, ...]
+
+
+def replacements(kernel: str | None = None) -> dict[Callable, Callable]:
+    """Return, for each of PyTorch's convolution functions, the one that follows our rule.
+
+    Args:
+        kernel: name of the weight gradient kernel to use throughout; None picks the cheapest for each call.
+
+    Returns:
+        A table from function to function; key and value take the same arguments and return the same values.
+    """
+
+    def replacement(read: Callable[..., Convolution]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: _apply(read(*args, **kwargs), kernel)
+
+    return {function: replacement(read) for function, read in READERS.items()}
+
+
+def _apply(convolution: Convolution, kernel: str | None) -> Tensor:
+    call = Call(convolution.geometry, convolution.size, kernel)
+    y = (InputGradient if convolution.transposed else Value).apply(convolution.input, convolution.weight, call)
+    if convolution.bias is not None:
+        y = y + convolution.bias.reshape(-1, *[1] * (y.dim() - 2))
+    return convolution.finish(y)
 
 
 @dataclass(frozen=True)

@@ -42,18 +42,18 @@ class Geometry:
         sizes = zip(size, output_padding, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, extra, k, s, p, d in sizes)
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve `x` `(N, C, *size)` with `weight` `(D, C/groups, *kernel)`: `(N, D, *output_size)`."""
         conv = _CONV[self.ndim]
-        return conv(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def input_gradient(self, g: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
+    def input_gradient(self, g: Tensor, weight: Tensor, size: Sequence[int], bias: Tensor | None = None) -> Tensor:
         """Adjoint of `forward` in `x`: `(N, D, *output_size)` back to `(N, C, *size)`, size as given."""
         sizes = zip(size, g.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
         # A stride that does not divide leaves a tail of the input unread: there the adjoint is zero.
         unread = [n - ((o - 1) * s - 2 * p + d * (k - 1) + 1) for n, o, k, s, p, d in sizes]
         conv_transpose = _CONV_TRANSPOSE[self.ndim]
-        return conv_transpose(g, weight, None, self.stride, self.padding, unread, self.groups, self.dilation)
+        return conv_transpose(g, weight, bias, self.stride, self.padding, unread, self.groups, self.dilation)
 
     def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """Adjoint of `forward` in `weight`, summed over `N`: `(D, C/groups, *kernel)`, natively computed."""

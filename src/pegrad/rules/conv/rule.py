@@ -1,0 +1,42 @@
+"""PyTorch's convolution functions as sites of their weight and bias."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from pegrad.rules.bias import Bias, over_images
+from pegrad.rules.conv.calls import READERS, Convolution
+from pegrad.rules.conv.site import ConvWeight
+from pegrad.rules.site import Recorder, Rule, Site, Tap
+
+
+def _rule(name: str, read: Callable[..., Convolution]) -> Rule:
+    def rule(trace: Recorder, *args: Any, **kwargs: Any) -> Any:
+        call = read(*args, **kwargs)
+        if not trace.is_parameter(call.weight) or not trace.is_batched(call.input):
+            return NotImplemented
+        fused = call.bias if call.bias is not None and trace.is_parameter(call.bias) else None
+        images = call.input.shape[0]
+
+        def run(x: Tensor, tap: Tap) -> Tensor:
+            x = x.flatten(0, 1)
+            weight, bias = call.weight.detach(), None if fused is None else fused.detach()
+            if call.transposed:
+                y = call.geometry.input_gradient(x, weight, call.size, bias)
+            else:
+                y = call.geometry.forward(x, weight, bias)
+            sites: list[Site] = [ConvWeight(call.weight, name, call.geometry, call.transposed, images)]
+            if fused is not None:
+                sites.append(Bias(fused, f"{name} bias", over_images(images)))
+            return tap(y, x, sites).unflatten(0, (-1, images))
+
+        y = trace.record(run, call.input)
+        if call.bias is not None and fused is None:
+            y = y + call.bias.reshape(-1, *[1] * (y.dim() - 2))
+        return call.finish(y)
+
+    return rule
+
+
+RULES: dict[Any, Rule] = {function: _rule(function.__name__, read) for function, read in READERS.items()}

@@ -1,0 +1,61 @@
+"""A convolution's weight: three answers from the kernels of this folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from pegrad.rules.conv import cost
+from pegrad.rules.conv.geometry import Geometry
+from pegrad.rules.conv.kernels import KERNELS
+from pegrad.rules.conv.norms import gram_box, gram_unfolded
+from pegrad.rules.site import Kernel, Shape, Site
+
+T = TypeVar("T")
+NORMS = {"gram_unfolded": gram_unfolded, "gram_box": gram_box}
+
+
+@dataclass(frozen=True, eq=False)
+class ConvWeight(Site):
+    """The weight of a convolution, plain or transposed.
+
+    Args:
+        source: see `Site`.
+        operation: see `Site`.
+        geometry: the convolution's, or for a transposed one that of the convolution whose input gradient it is.
+        transposed: whether input and output gradient change places.
+        images: images of one example, N: `x` and `g` are `(B * N, ...)`.
+    """
+
+    geometry: Geometry
+    transposed: bool = False
+    images: int = 1
+
+    def stacking(self, x: Shape, g: Shape) -> dict[str, Kernel]:
+        """See `Site.stacking`."""
+        work = cost.stacking(*self._roles(x, g), geometry=self.geometry)
+        return {name: Kernel(name, w, self._kernel(KERNELS[name], self._by_example)) for name, w in work.items()}
+
+    def norming(self, x: Shape, g: Shape) -> dict[str, Kernel]:
+        """See `Site.norming`; several images of one example interfere, so only their sum has a norm."""
+        if self.images != 1:
+            return {}
+        work = cost.gramming(*self._roles(x, g), self.geometry)
+        return {name: Kernel(name, w, self._kernel(NORMS[name], lambda t: t)) for name, w in work.items()}
+
+    def summing(self, x: Shape, g: Shape) -> Kernel:
+        """See `Site.summing`."""
+        work = cost.summing(*self._roles(x, g), self.geometry)
+        return Kernel("native", work, lambda x, g: self.geometry.weight_gradient(*self._roles(x, g)))
+
+    def _kernel(
+        self, kernel: Callable[[Tensor, Tensor, Geometry], Tensor], finish: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, g: finish(kernel(*self._roles(x, g), self.geometry))
+
+    def _roles(self, x: T, g: T) -> tuple[T, T]:
+        return (g, x) if self.transposed else (x, g)
+
+    def _by_example(self, stacked: Tensor) -> Tensor:
+        return stacked if self.images == 1 else stacked.unflatten(0, (-1, self.images)).sum(1)

@@ -1,0 +1,42 @@
+"""Squared norms of sums of outer products, from Gram matrices."""
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 24
+"""Numbers that a block of a Gram matrix may hold: what bounds the memory of every Gram kernel."""
+
+
+def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Tensor:
+    """Squared norm of `g[b]ᵀ x[b]` for each b, as `sum over t, t' of (g_t · g_t') (x_t · x_t')`.
+
+    Args:
+        x: `(B, T, D)`.
+        g: `(B, T, p)`.
+        block: numbers that one block of a Gram matrix may hold; the matrices are made in blocks of rows, and of a
+            block only what lies on or right of the diagonal, since both are symmetric.
+
+    Returns:
+        `(B,)`. Rounding can leave a sum of zero slightly negative.
+
+    Source: Goodfellow 2015 for T = 1; Li et al. 2022, "ghost clipping"; Bu, Mao & Xu 2022.
+    """
+    batch, positions = x.shape[:2]
+    if positions == 1:
+        return torch.linalg.vecdot(x, x).mul_(torch.linalg.vecdot(g, g)).squeeze(1)
+    rows = max(1, min(_rows_by_symmetry(positions), block // (batch * positions)))
+    total = x.new_zeros(batch)
+    for start in range(0, positions, rows):
+        stop = min(start + rows, positions)
+        products = x[:, start:stop] @ x[:, start:].mT
+        weights = g[:, start:stop] @ g[:, start:].mT
+        diagonal = stop - start
+        if stop < positions:
+            weights[:, :, diagonal:] *= 2
+        total += torch.linalg.vecdot(products.flatten(1), weights.flatten(1))
+    return total
+
+
+def _rows_by_symmetry(positions: int) -> int:
+    """Rows of a block: small enough that skipping the lower triangle saves, large enough for the matrix product."""
+    return positions if positions <= 128 else max(64, positions // 4)

@@ -1,0 +1,87 @@
+"""What a rule knows of one place where a parameter meets an operation."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from pegrad.rules.costs import Work
+
+Shape = tuple[int, ...]
+
+
+class Kernel(NamedTuple):
+    """One way to compute one thing from `x` and `g`, and what it costs."""
+
+    rates: str
+    """Key of the rates in `pegrad.rules.costs` that its work is charged at."""
+    work: Work
+    run: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Site(ABC):
+    """One use of a parameter by an operation `y = f(x, parameter)` on the physical batch.
+
+    A site answers from the operation's input `x` `(B, ...)` and the loss's gradient at its output, `g` `(B, ...)`.
+    It must know how to stack gradients; what else it knows, it offers as further kernels.
+
+    Args:
+        source: the parameter, or what the loss made of parameters alone: a transpose, a cast, a normalised weight.
+        operation: the operation's name, as `explain` shows it.
+    """
+
+    source: Tensor
+    operation: str
+
+    @abstractmethod
+    def stacking(self, x: Shape, g: Shape) -> dict[str, Kernel]:
+        """Offer ways to the stacked gradient: `(x, g) -> (B, *source.shape)`, by name, for these shapes."""
+
+    def norming(self, x: Shape, g: Shape) -> dict[str, Kernel]:
+        """Offer ways to the squared norms that stack nothing: `(x, g) -> (B,)`, by name, for these shapes."""
+        return {}
+
+    def summing(self, x: Shape, g: Shape) -> Kernel | None:
+        """Offer a native way to the gradient summed over the batch, `(x, g) -> source.shape`, if there is one."""
+        return None
+
+
+Tap = Callable[[Tensor, Tensor, list[Site]], Tensor]
+"""`(y, x, sites) -> y`: notes the sites of an operation whose input was `x` and whose output is `y`."""
+
+
+class Recorder(Protocol):
+    """What a rule may ask of the trace that called it."""
+
+    def is_parameter(self, tensor: Any) -> bool:
+        """Tell whether this is a parameter, or what the loss made of parameters alone."""
+
+    def is_batched(self, tensor: Any) -> bool:
+        """Tell whether this differs from example to example."""
+
+    def record(self, run: Callable[[Tensor, Tap], Tensor], x: Tensor) -> Tensor:
+        """Run an operation on the physical batch and note its sites.
+
+        Args:
+            run: `(x, tap) -> y`, `x` and `y` `(B, ...)`: runs the operation with its parameters detached, and passes
+                its output through `tap`.
+            x: the operation's input, batched.
+
+        Returns:
+            The output as the loss sees it.
+        """
+
+    def expand(self, parameter: Tensor, witness: Tensor) -> Tensor:
+        """Give each example a copy of a parameter: right for any operation, cheap for small parameters.
+
+        Args:
+            parameter: a parameter.
+            witness: any batched tensor.
+        """
+
+
+Rule = Callable[..., Any]
+"""`(trace, *args, **kwargs)` of the function it is the rule of, to that function's value, or `NotImplemented`."""

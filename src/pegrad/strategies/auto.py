@@ -1,0 +1,30 @@
+"""`auto`: the strategy that is fastest as a rule."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from pegrad.strategies.base import Leaves, Problem, Strategy, Values
+from pegrad.strategies.book_keeping import BookKeeping
+from pegrad.strategies.grouped_conv import GroupedConv
+from pegrad.tracing.batched import transformed
+
+
+class Auto(Strategy):
+    """Book-keeping, except under a transform of torch.func, where it is `grouped_conv`: that one composes."""
+
+    def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
+        """See `Strategy.stacked`."""
+        return self._best().stacked(problem)
+
+    def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
+        """See `Strategy.squared_norms`."""
+        return self._best().squared_norms(problem)
+
+    def weighted_sum(self, problem: Problem, weigh: Callable[[Tensor], Tensor]) -> tuple[Leaves, Tensor, Values]:
+        """See `Strategy.weighted_sum`."""
+        return self._best().weighted_sum(problem, weigh)
+
+    @staticmethod
+    def _best() -> Strategy:
+        return GroupedConv() if transformed() else BookKeeping()

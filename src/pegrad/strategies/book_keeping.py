@@ -1,0 +1,36 @@
+"""`book_keeping`: one forward and one backward pass to the activations, then norms, then weighted sums."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from pegrad.rules.site import Site
+from pegrad.strategies.base import Leaves, Problem, Values
+from pegrad.strategies.book import Book
+from pegrad.strategies.choice import Candidate, choose
+from pegrad.strategies.traced import Traced, bad_rows, values
+from pegrad.tracing.trace import Tapped
+
+
+@dataclass(frozen=True)
+class BookKeeping(Traced):
+    """Keep, at every site, the input and the gradient at the output, or the stacked gradients where those are small.
+
+    The weighted sum then needs no second backward pass: it is a native batched weight gradient, or a contraction of
+    what the norms needed anyway.
+
+    Source: Bu et al. 2022, "Differentially private optimization on large model at small cost" (BK, BK-MixOpt).
+    """
+
+    def weighted_sum(self, problem: Problem, weigh: Callable[[Tensor], Tensor]) -> tuple[Leaves, Tensor, Values]:
+        """See `Strategy.weighted_sum`."""
+        trace, book = self._run(problem, partial(Book, choose=self._cheapest, keep=True))
+        squares = book.squared_norms()
+        weights = weigh(squares)
+        return book.weighted_sum(weights, bad_rows(squares, weights)), squares, values(trace)
+
+    @staticmethod
+    def _cheapest(site: Site, tapped: Tapped) -> Candidate:
+        return choose(site, tapped.x, tapped.y, site.source.device.type, keep=True)

@@ -1,0 +1,73 @@
+"""What `ghost` and `book_keeping` share: a traced forward pass, run backward to a book."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pegrad.errors import ArgumentError
+from pegrad.rules import RULES
+from pegrad.rules.site import Rule, Site
+from pegrad.strategies.base import Leaves, Problem, Strategy, Values
+from pegrad.strategies.book import Book
+from pegrad.strategies.choice import Candidate, choose
+from pegrad.tracing.batched import transformed
+from pegrad.tracing.trace import Tapped, Trace
+
+
+@dataclass(frozen=True)
+class Traced(Strategy):
+    """A strategy that finds norms site by site. Its values are constants to any further differentiation.
+
+    Args:
+        rules: rules of one's own, function to rule, beside `pegrad.RULES` or in their place.
+
+    Raises:
+        ArgumentError: on a call, under a transform of torch.func.
+    """
+
+    rules: Mapping[Callable, Rule] = field(default_factory=dict)
+
+    def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
+        """See `Strategy.stacked`."""
+        trace, book = self._run(problem, partial(Book, choose=None, keep=False))
+        return [book.stacked(i) for i in range(len(problem.params))], values(trace)
+
+    def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
+        """See `Strategy.squared_norms`."""
+        trace, book = self._run(problem, partial(Book, choose=self._cheapest_norm, keep=False))
+        return book.squared_norms(), values(trace)
+
+    def _run(self, problem: Problem, make_book: Callable[[Trace], Book], *, last: bool = True) -> tuple[Trace, Book]:
+        """Trace the loss and run it backward to a book; `last` tells whether the graph may be freed."""
+        if transformed():
+            raise ArgumentError(
+                f"Strategy {type(self).__name__} cannot run under a transform of torch.func (grad, vmap, jvp, ...): "
+                "use strategy='grouped_conv' there, or 'auto', which knows"
+            )
+        apart: set[int] = set()
+        while True:
+            trace = Trace(problem.loss, problem.params, problem.batch, {**RULES, **self.rules}, apart)
+            book = make_book(trace)
+            copies, leaks = trace.backward(torch.ones_like(trace.losses), book.receive, last=last)
+            leaked = {i for i, leaks_here in enumerate(leaks) if leaks_here}
+            if not leaked:
+                book.receive_copies(copies)
+                return trace, book
+            apart |= leaked  # the loss uses them in a way that the trace cannot see
+
+    @staticmethod
+    def _cheapest_norm(site: Site, tapped: Tapped) -> Candidate:
+        return choose(site, tapped.x, tapped.y, site.source.device.type, keep=False)
+
+
+def values(trace: Trace) -> Values:
+    """Return what the forward pass gave, cut off from the graph."""
+    return Values(trace.losses.detach(), trace.aux)
+
+
+def bad_rows(squares: Tensor, weights: Tensor) -> Tensor | None:
+    """Mark the rows to be wiped before a sum, since zero times what they hold might not be zero; None: no such row."""
+    return None if bool(torch.isfinite(squares).all()) else weights == 0

@@ -1,0 +1,55 @@
+"""Reach through `vmap`: tell batched tensors from shared ones, and run a function on the physical batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Tell whether a tensor has, under the `vmap` that is running, an axis that the loss does not see."""
+    # torch.func has no public way to ask; functorch's own code asks like this.
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def transformed() -> bool:
+    """Tell whether a transform of torch.func is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def on_physical_batch(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call a function on tensors as they lie in memory, the examples along their first axis.
+
+    Args:
+        function: takes one tensor `(B, ...)` for each of `tensors`, returns one tensor `(B, ...)`. Plain autograd
+            records what it does.
+        tensors: at least one of them batched; a shared one is expanded.
+
+    Returns:
+        The function's value, as the loss sees it: without the first axis.
+    """
+    return _OnPhysicalBatch.apply(function, *tensors)
+
+
+class _OnPhysicalBatch(torch.autograd.Function):
+    """Its `vmap` is all there is to it."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        raise AssertionError("on_physical_batch needs a batched tensor")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        raise AssertionError("on_physical_batch needs a batched tensor")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Tensor, int]:
+        dims = in_dims[1:]
+        physical = [
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(tensors, dims, strict=True)
+        ]
+        return function(*physical), 0
