@@ -1,7 +1,7 @@
 """What a backward pass over a trace is turned into: stacked gradients, norms, and weighted sums."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,20 @@ from pegrad.tracing.lineage import Lineage, lineage
 from pegrad.tracing.trace import Tapped, Trace
 
 Choose = Callable[[Site, Tapped], Candidate]
-Weigh = Callable[[Tensor], Tensor]
+Visit = Callable[[int, Tensor], None]
+"""`(leaf, its stacked gradient (B, *leaf.shape))`"""
 Sum = Callable[[Tensor, Tensor | None], Tensor]
 """`(weights, bad rows or None) -> weighted sum`, in the shape of a source."""
+
+
+class Book(Protocol):
+    """What receives a backward pass."""
+
+    def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
+        """Enter one tapped operation: its input and the gradient at its output."""
+
+    def receive_copies(self, grads: Leaves) -> None:
+        """Enter, last of all, the stacked gradients of the parameters of which each example had a copy."""
 
 
 class Roots(NamedTuple):
@@ -45,57 +56,91 @@ class Roots(NamedTuple):
         return line.isometric and all(self.uses[leaf] == 1 for leaf in line.leaves)
 
 
-class Book:
-    """Turns what a backward pass shows of each site into norms, and keeps what the weighted sum will need.
-
-    Uses of a parameter that stand alone find their norms by the kernel chosen for them. Uses that share a leaf, or
-    reach theirs by more than an isometry, interfere: their gradients are stacked, brought to the leaf and added.
+class Stacks:
+    """Stacked gradients, leaf by leaf: each is shown once all its uses have come in, and then forgotten.
 
     Args:
         trace: the trace that will be run backward.
-        choose: how each site's norms are found; None: all uses are stacked.
+        visit: called once for each leaf that the loss depends on.
+    """
+
+    def __init__(self, trace: Trace, visit: Visit, roots: Roots | None = None) -> None:
+        self._trace = trace
+        self._visit = visit
+        self._roots = roots or Roots.of(trace)
+        self._awaited = list(self._roots.uses)
+        self._partial: dict[int, Tensor] = {}
+
+    def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
+        """See `Book.receive`."""
+        x, g = widen(x), widen(g)
+        for site in tapped.sites:
+            self.add(site.source, stack_kernel(site, x, g).run(x, g))
+
+    def receive_copies(self, grads: Leaves) -> None:
+        """See `Book.receive_copies`."""
+        for copies, grad in zip(self._trace.copies, grads, strict=True):
+            self.add(copies.source, grad)
+        self.finish()
+
+    def add(self, source: Tensor, stacked: Tensor) -> None:
+        """Add one use's stacked gradient to those of the leaves that it comes from."""
+        for leaf, rows in pull_rows(self._trace, source, stacked).items():
+            self._partial[leaf] = self._partial[leaf] + rows if leaf in self._partial else rows
+        for leaf in self._roots.lineages[id(source)].leaves:
+            self._awaited[leaf] -= 1
+            if self._awaited[leaf] == 0 and leaf in self._partial:
+                self._visit(leaf, self._partial.pop(leaf))
+
+    def finish(self) -> None:
+        """Show the leaves some of whose uses the loss does not depend on after all."""
+        for leaf in list(self._partial):
+            self._visit(leaf, self._partial.pop(leaf))
+
+
+class Norms:
+    """Squared norms over all leaves, and on request what the weighted sum will need.
+
+    Uses of a parameter that stand alone find their norms by the kernel chosen for them. Uses that share a leaf, or
+    reach theirs by more than an isometry, interfere: their gradients are stacked and added before the norm is taken.
+
+    Args:
+        trace: the trace that will be run backward.
+        choose: how each site's norms are found.
         keep: whether `weighted_sum` will be asked for.
     """
 
-    def __init__(self, trace: Trace, choose: Choose | None, *, keep: bool) -> None:
+    def __init__(self, trace: Trace, choose: Choose, *, keep: bool) -> None:
         self._trace = trace
         self._roots = Roots.of(trace)
+        self._shared = Stacks(trace, lambda leaf, rows: self._enter_stacked(trace.params[leaf], rows), self._roots)
         self._choose = choose
         self._keep = keep
         self._squares: list[Tensor] = []
         self._sums: list[tuple[Tensor, Sum]] = []
-        self._shared: dict[int, Tensor] = {}
 
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
-        """Enter one tapped operation: its input and the gradient at its output."""
+        """See `Book.receive`."""
         x, g = widen(x), widen(g)
         for site in tapped.sites:
-            if self._choose and self._roots.alone(site.source):
+            if self._roots.alone(site.source):
                 self._enter(site, self._choose(site, tapped), x, g)
             else:
-                self._share(site.source, stack_kernel(site, x, g).run(x, g))
+                self._shared.add(site.source, stack_kernel(site, x, g).run(x, g))
 
     def receive_copies(self, grads: Leaves) -> None:
-        """Enter the stacked gradients of the parameters of which each example had a copy."""
+        """See `Book.receive_copies`."""
         for copies, grad in zip(self._trace.copies, grads, strict=True):
-            if self._choose and self._roots.alone(copies.source):
+            if self._roots.alone(copies.source):
                 self._enter_stacked(copies.source, grad)
             else:
-                self._share(copies.source, grad)
+                self._shared.add(copies.source, grad)
+        self._shared.finish()
 
     def squared_norms(self) -> Tensor:
-        """Return the squared norms over all leaves, `(B,)`, once all is entered."""
-        batch = self._trace.losses.shape[0]
-        zero = torch.zeros(batch, device=self._trace.losses.device, dtype=accumulator(self._trace.losses.dtype))
-        shared = [squared_norms([stacked]) for stacked in self._shared.values()]
-        return sum([*self._squares, *shared], start=zero)
-
-    def stacked(self, leaf: int) -> Tensor:
-        """Return the stacked gradient of a leaf, if all uses were stacked."""
-        param = self._trace.params[leaf].detach()
-        if leaf in self._shared:
-            return self._shared[leaf].to(param.dtype)
-        return param.new_zeros(self._trace.losses.shape[0], *param.shape)
+        """Return the squared norms, `(B,)`, in at least float32, once all is entered."""
+        losses = self._trace.losses
+        return sum(self._squares, start=torch.zeros_like(losses, dtype=accumulator(losses.dtype)).detach())
 
     def weighted_sum(self, weights: Tensor, bad: Tensor | None) -> Leaves:
         """Return the weighted sum for each leaf.
@@ -104,20 +149,17 @@ class Book:
             weights: `(B,)`.
             bad: `(B,)`, boolean: rows that may not be finite, whose weight is zero; None: no such row.
         """
-        leaves = gather(self._trace, [(source, total(weights, bad)) for source, total in self._sums])
-        for leaf, stacked in self._shared.items():
-            leaves[leaf] += contract(weights, stacked)
-        return leaves
+        return gather(self._trace, [(source, total(weights, bad)) for source, total in self._sums])
 
     def _enter(self, site: Site, choice: Candidate, x: Tensor, g: Tensor) -> None:
         shapes = tuple(x.shape), tuple(g.shape)
-        if choice.stacks:
+        if not choice.stacks:
+            self._squares.append(site.norming(*shapes)[choice.norm].run(x, g))
+        else:
             stacked = site.stacking(*shapes)[choice.norm].run(x, g)
-            if choice.keeps or not self._keep:
+            if choice.keeps:
                 return self._enter_stacked(site.source, stacked)
             self._squares.append(squared_norms([stacked]))
-        else:
-            self._squares.append(site.norming(*shapes)[choice.norm].run(x, g))
         if self._keep:
             self._sums.append((site.source, lambda weights, bad: native_sum(site, *_weigh(x, g, weights, bad))))
         return None
@@ -127,15 +169,14 @@ class Book:
         if self._keep:
             self._sums.append((source, lambda weights, bad: contract(weights, stacked)))
 
-    def _share(self, source: Tensor, stacked: Tensor) -> None:
-        for leaf, grad in pull_rows(self._trace, source, stacked).items():
-            self._shared[leaf] = self._shared[leaf] + grad if leaf in self._shared else grad
-
 
 def native_sum(site: Site, x: Tensor, g: Tensor) -> Tensor:
     """Sum a site's gradient over the batch, natively where that exists."""
     native = site.summing(tuple(x.shape), tuple(g.shape))
     return native.run(x, g) if native else stack_kernel(site, x, g).run(x, g).sum(0)
+
+
+_PIECES = 3  # of 8 bits each make float32's 24
 
 
 def gather(trace: Trace, totals: list[tuple[Tensor, Tensor]]) -> Leaves:
@@ -164,9 +205,6 @@ def gather(trace: Trace, totals: list[tuple[Tensor, Tensor]]) -> Leaves:
         sums[i] if i in sums else torch.zeros_like(leaf, dtype=accumulator(leaf.dtype), requires_grad=False)
         for i, leaf in enumerate(trace.params)
     ]
-
-
-_PIECES = 3  # of 8 bits each make float32's 24
 
 
 def pull_rows(trace: Trace, source: Tensor, stacked: Tensor) -> dict[int, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pegrad.rules.site import Site
 from pegrad.strategies.base import Leaves, Problem, Values
-from pegrad.strategies.book import Book
+from pegrad.strategies.book import Norms
 from pegrad.strategies.choice import Candidate, choose
 from pegrad.strategies.traced import Traced, bad_rows, values
 from pegrad.tracing.trace import Tapped
@@ -26,7 +26,7 @@ class BookKeeping(Traced):
 
     def weighted_sum(self, problem: Problem, weigh: Callable[[Tensor], Tensor]) -> tuple[Leaves, Tensor, Values]:
         """See `Strategy.weighted_sum`."""
-        trace, book = self._run(problem, partial(Book, choose=self._cheapest, keep=True))
+        trace, book = self._run(problem, partial(Norms, choose=self._cheapest, keep=True))
         squares = book.squared_norms()
         weights = weigh(squares)
         return book.weighted_sum(weights, bad_rows(squares, weights)), squares, values(trace)

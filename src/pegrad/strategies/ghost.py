@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from pegrad.strategies.base import Leaves, Problem, Values
-from pegrad.strategies.book import Book, gather, native_sum, widen, wipe
+from pegrad.strategies.book import Norms, gather, native_sum, widen, wipe
 from pegrad.strategies.traced import Traced, bad_rows, values
 from pegrad.tracing.trace import Tapped
 
@@ -21,7 +21,7 @@ class Ghost(Traced):
 
     def weighted_sum(self, problem: Problem, weigh: Callable[[Tensor], Tensor]) -> tuple[Leaves, Tensor, Values]:
         """See `Strategy.weighted_sum`."""
-        trace, book = self._run(problem, partial(Book, choose=self._cheapest_norm, keep=False), last=False)
+        trace, book = self._run(problem, partial(Norms, choose=self._cheapest_norm, keep=False), last=False)
         squares = book.squared_norms()
         weights = weigh(squares)
         bad = bad_rows(squares, weights)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from pegrad.errors import ArgumentError
 from pegrad.rules import RULES
 from pegrad.rules.site import Rule, Site
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
-from pegrad.strategies.book import Book
+from pegrad.strategies.book import Book, Norms, Stacks
 from pegrad.strategies.choice import Candidate, choose
 from pegrad.tracing.batched import transformed
 from pegrad.tracing.trace import Tapped, Trace
+
+B = TypeVar("B", bound=Book)
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,21 @@ class Traced(Strategy):
 
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
         """See `Strategy.stacked`."""
-        trace, book = self._run(problem, partial(Book, choose=None, keep=False))
-        return [book.stacked(i) for i in range(len(problem.params))], values(trace)
+        found: dict[int, Tensor] = {}
+        trace, _ = self._run(problem, partial(Stacks, visit=found.__setitem__))
+        batch = problem.batch_size
+        grads = [
+            found[i].to(leaf.dtype) if i in found else leaf.new_zeros(batch, *leaf.shape)
+            for i, leaf in enumerate(problem.params)
+        ]
+        return grads, values(trace)
 
     def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
         """See `Strategy.squared_norms`."""
-        trace, book = self._run(problem, partial(Book, choose=self._cheapest_norm, keep=False))
+        trace, book = self._run(problem, partial(Norms, choose=self._cheapest_norm, keep=False))
         return book.squared_norms(), values(trace)
 
-    def _run(self, problem: Problem, make_book: Callable[[Trace], Book], *, last: bool = True) -> tuple[Trace, Book]:
+    def _run(self, problem: Problem, make_book: Callable[[Trace], B], *, last: bool = True) -> tuple[Trace, B]:
         """Trace the loss and run it backward to a book; `last` tells whether the graph may be freed."""
         if transformed():
             raise ArgumentError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-# What these do to a gradient on its way back leaves its norm as it is: they permute, reshape, cast, or set zeros around.
+# What these do to a gradient on its way back leaves its norm alone: they permute, reshape, cast, or add zeros.
 _ISOMETRIC = (
     "TBackward", "TransposeBackward", "PermuteBackward", "MovedimBackward", "ViewBackward", "UnsafeViewBackward",
     "ReshapeAliasBackward", "UnsqueezeBackward", "SqueezeBackward", "ToCopyBackward", "CloneBackward", "AliasBackward",

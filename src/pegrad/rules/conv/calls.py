@@ -103,7 +103,7 @@ def _resolve_padding(
         return x, _each(padding, len(kernel))
     if padding != "same" or any(s != 1 for s in stride):
         raise ArgumentError(
-            f"Expected padding to be numbers, 'valid', or 'same' with stride 1, got padding={padding!r}, stride={stride}"
+            f"Expected numbers, 'valid', or 'same' with stride 1, got padding={padding!r} with stride={stride}"
         )
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if any(total % 2 for total in totals):

@@ -1,0 +1,330 @@
+"""Stateless random numbers for privacy: 256-bit keys, a cipher's keystream, Box–Muller normals.
+
+A key is a `torch.uint8` tensor of shape (32,), so a training state that carries one is plain tensors. A key
+is for one use: derive a fresh one for each with `fold_in` or `split`. Derivation is BLAKE2b keyed with the
+parent and personalised by purpose, so no two purposes ever meet in one derived key. Numbers come from the
+keystream of AES-256 in counter mode under a derived key; torch does the arithmetic.
+
+On an accelerator: the keystream is always made on the CPU, by the same cipher, and copied block by block to
+the device, where the arithmetic runs. The bits are the same on every device; the floating-point results may
+differ in the last places, as each device has its own `log`, `cos` and `sin`.
+
+Not guaranteed: a float is a rounded real, so the low bits of a noisy value can betray what the noise was
+added to (Mironov, "On significance of the least significant bits for differential privacy", CCS 2012); the
+time that a call takes is not hidden; keys lie in ordinary memory and are not wiped.
+"""
+
+import hashlib
+import math
+import operator
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from torch import Tensor
+
+from pegrad import trees
+from pegrad.errors import ArgumentError, LeafError
+
+KEY_BYTES = 32
+
+# Normals are made in blocks: working memory stays at a few megabytes, in cache, however large the request.
+# Part of what a key means: another value gives other numbers.
+_BLOCK = 1 << 18
+
+
+class _Precision(NamedTuple):
+    """How numbers of one dtype are made."""
+
+    compute: torch.dtype  # the arithmetic runs in this
+    word: torch.dtype  # one word of keystream for each uniform and for each angle
+    resolution: int  # uniforms are multiples of 2**-resolution
+
+
+_SINGLE = _Precision(torch.float32, torch.int32, 24)
+_DOUBLE = _Precision(torch.float64, torch.int64, 53)
+_PRECISION = {
+    torch.float64: _DOUBLE,
+    torch.float32: _SINGLE,
+    torch.bfloat16: _SINGLE,
+    torch.float16: _SINGLE,
+}
+
+
+def key(seed: int | None = None) -> Tensor:
+    """Make a key from a seed, or from the operating system's entropy.
+
+    Args:
+        seed: a non-negative integer of any size, hashed to 256 bits. A seed is for repeating an experiment:
+            whoever can guess it can subtract the noise. None takes 256 bits from the operating system.
+
+    Returns:
+        The key, `uint8` of shape (32,), on the CPU.
+
+    Raises:
+        ArgumentError: the seed is negative or not an integer.
+
+    Example:
+        >>> bool((key(0) == key(0)).all()), bool((key(0) == key(1)).all())
+        (True, False)
+    """
+    if seed is None:
+        return _as_key(secrets.token_bytes(KEY_BYTES))
+    return _as_key(_hash(b"", b"pegrad seed", _natural("seed", seed)))
+
+
+def check_key(key: Tensor) -> None:
+    """Refuse what is not a key.
+
+    Raises:
+        ArgumentError: `key` is not a `uint8` tensor of shape (32,).
+    """
+    if not isinstance(key, Tensor):
+        raise ArgumentError(f"Expected a key, got {type(key).__name__}; pegrad.random.key makes one.")
+    if key.dtype != torch.uint8 or key.shape != (KEY_BYTES,):
+        raise ArgumentError(
+            f"Expected a key, torch.uint8 of shape ({KEY_BYTES},), got {key.dtype} of shape "
+            f"{tuple(key.shape)}; pegrad.random.key makes one."
+        )
+
+
+def fold_in(key: Tensor, data: int) -> Tensor:
+    """Derive the key that belongs to a number: a step, an epoch, the index of a leaf.
+
+    Args:
+        key: the parent key, `uint8` of shape (32,).
+        data: a non-negative integer of any size; different numbers give independent keys.
+
+    Returns:
+        The derived key, `uint8` of shape (32,), on the CPU.
+
+    Raises:
+        ArgumentError: `key` is not a key, or `data` is negative or not an integer.
+    """
+    return _as_key(_hash(_key_bytes(key), b"pegrad fold_in", _natural("data", data)))
+
+
+def split(key: Tensor, num: int = 2) -> tuple[Tensor, ...]:
+    """Derive several independent keys, none of them reachable by `fold_in`.
+
+    Args:
+        key: the parent key, `uint8` of shape (32,).
+        num: how many keys, at least 1.
+
+    Returns:
+        `num` keys, each `uint8` of shape (32,), on the CPU.
+
+    Raises:
+        ArgumentError: `key` is not a key, or `num` is not a positive integer.
+
+    Example:
+        >>> noise_key, sample_key = split(key(0))
+    """
+    if _natural("num", num) < 1:
+        raise ArgumentError(f"Expected num >= 1 keys to split into, got num={num}.")
+    parent = _key_bytes(key)
+    return tuple(_as_key(_hash(parent, b"pegrad split", index)) for index in range(operator.index(num)))
+
+
+def uniform(
+    key: Tensor,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw uniforms in (0, 1], never 0.
+
+    Values are k/2^r with k uniform in {1, ..., 2^r}, without rounding: r = 53 for float64, 24 for float32.
+    So `uniform(...) <= p` has probability floor(p·2^r)/2^r, never more than p. bfloat16 and float16 are the
+    float32 values rounded.
+
+    Args:
+        key: the key, `uint8` of shape (32,).
+        shape: the shape of the result.
+        dtype: float64, float32, bfloat16 or float16.
+        device: where the result lies; None is torch's default device.
+
+    Returns:
+        A tensor of the given shape, dtype and device.
+
+    Raises:
+        ArgumentError: `key` is not a key, the shape is not one, or the dtype is none of the four.
+    """
+    precision = _precision(dtype)
+    shape = _shape(shape)
+    target = torch.empty(0, device=device).device
+    words = _words(_keystream(key, b"pegrad uniform"), math.prod(shape), precision.word, target)
+    words.bitwise_and_((1 << precision.resolution) - 1).add_(1)
+    return words.to(precision.compute).mul_(2.0**-precision.resolution).to(dtype).view(shape)
+
+
+def normal(
+    key: Tensor,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw independent standard normals from a cipher's keystream.
+
+    Guarantee:
+        Each pair of values is Box–Muller's function, r·cos θ and r·sin θ, of keystream words that no other
+        pair uses. The radius has 64 bits for every dtype, so the largest magnitude is sqrt(128·ln 2) = 9.419,
+        which a normal exceeds with probability 5e-21; the angle has 32 bits for float32, 64 for float64.
+        bfloat16 and float16 are float32 normals rounded. Tests: `test_normal_follows_the_law`,
+        `test_no_value_is_shared`.
+
+    Args:
+        key: the key, `uint8` of shape (32,).
+        shape: the shape of the result.
+        dtype: float64, float32, bfloat16 or float16.
+        device: where the result lies; None is torch's default device.
+
+    Returns:
+        A tensor of the given shape, dtype and device.
+
+    Raises:
+        ArgumentError: `key` is not a key, the shape is not one, or the dtype is none of the four.
+
+    Source:
+        Box and Muller, "A note on the generation of random normal deviates", 1958.
+
+    Example:
+        >>> normal(key(0), (2, 3)).shape
+        torch.Size([2, 3])
+    """
+    precision = _precision(dtype)
+    shape = _shape(shape)
+    stream = _keystream(key, b"pegrad normal")
+    out = torch.empty(math.prod(shape), dtype=precision.compute, device=device)
+    for block in out.split(_BLOCK):
+        _box_muller(stream, precision, block)
+    return out.to(dtype).view(shape)
+
+
+def tree_normal(key: Tensor, tree: trees.PyTree) -> trees.PyTree:
+    """Draw independent standard normals in the shape of a pytree.
+
+    Guarantee:
+        No two leaves share a stream: leaf number i draws from `fold_in(key, i)`. Test:
+        `test_no_value_is_shared`.
+
+    Args:
+        key: the key, `uint8` of shape (32,).
+        tree: a pytree of floating-point tensors; only shapes, dtypes and devices are read.
+
+    Returns:
+        A pytree of the same structure, each leaf with the shape, dtype and device of its model.
+
+    Raises:
+        ArgumentError: `key` is not a key.
+        LeafError: a leaf is not a tensor of float64, float32, bfloat16 or float16.
+    """
+    leaves, spec = trees.flatten(tree)
+    for path, leaf in zip(trees.paths(tree), leaves, strict=True):
+        if not isinstance(leaf, Tensor) or leaf.dtype not in _PRECISION:
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise LeafError(f"Expected a floating-point tensor at leaf {path}, got {kind}.")
+    noise = [
+        normal(fold_in(key, index), leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        for index, leaf in enumerate(leaves)
+    ]
+    return trees.unflatten(spec, noise)
+
+
+def permutation(key: Tensor, n: int) -> Tensor:
+    """Draw a uniform permutation of 0, ..., n - 1.
+
+    It is the order of n random 64-bit words. Equal words would keep their order, a bias too rare to be seen:
+    the probability that any two are equal is below n²/2^65, which is 3e-8 for n = 1,000,000.
+
+    Args:
+        key: the key, `uint8` of shape (32,).
+        n: how many numbers, at least 0.
+
+    Returns:
+        `int64` of shape (n,), on the CPU.
+
+    Raises:
+        ArgumentError: `key` is not a key, or `n` is negative or not an integer.
+    """
+    words = _words(_keystream(key, b"pegrad permute"), _natural("n", n), torch.int64, torch.device("cpu"))
+    return torch.argsort(words, stable=True)
+
+
+def _box_muller(stream: CipherContext, precision: _Precision, out: Tensor) -> None:
+    """Fill a flat tensor with normals: r·cos θ in its first half, r·sin θ in its second."""
+    pairs = (out.numel() + 1) // 2
+    radius_words = _words(stream, pairs, torch.int64, out.device)
+    angle_words = _words(stream, pairs, precision.word, out.device)
+    # Signed words have the finest spacing around 0, where the tail of the normal lies.
+    radius = _centred(radius_words, precision).abs_().mul_(2.0**-63).log_().mul_(-2).sqrt_()
+    angle = _centred(angle_words, precision).mul_(2 * math.pi / 2 ** (8 * precision.word.itemsize))
+    cosines, sines = out[:pairs], out[pairs:]
+    torch.cos(angle, out=cosines).mul_(radius)
+    torch.sin(angle[: sines.numel()], out=sines).mul_(radius[: sines.numel()])
+
+
+def _centred(words: Tensor, precision: _Precision) -> Tensor:
+    """Signed words as floats, moved by half a unit: symmetric around 0, and never 0."""
+    return words.to(precision.compute).add_(0.5)
+
+
+def _words(stream: CipherContext, count: int, word: torch.dtype, device: torch.device) -> Tensor:
+    """Take the next `count` integers of a keystream."""
+    size = count * word.itemsize
+    # cryptography before 43 asks for room for one block more than it writes.
+    buffer = bytearray(size + 15)
+    stream.update_into(bytes(size), buffer)
+    return torch.from_numpy(np.frombuffer(buffer, np.uint8, size)).view(word).to(device)
+
+
+def _keystream(key: Tensor, purpose: bytes) -> CipherContext:
+    """Start the keystream of a key for one purpose.
+
+    The counter starts at 0 because the AES key is derived for this one stream.
+    """
+    derived = _hash(_key_bytes(key), purpose, 0)
+    return Cipher(algorithms.AES(derived), modes.CTR(bytes(16))).encryptor()
+
+
+def _hash(key: bytes, purpose: bytes, data: int) -> bytes:
+    """Derive 256 bits from a key, a purpose of at most 16 bytes and a number of any size."""
+    encoded = data.to_bytes((data.bit_length() + 7) // 8, "little")
+    return hashlib.blake2b(encoded, digest_size=KEY_BYTES, key=key, person=purpose).digest()
+
+
+def _as_key(digest: bytes) -> Tensor:
+    return torch.tensor(list(digest), dtype=torch.uint8, device="cpu")
+
+
+def _key_bytes(key: Tensor) -> bytes:
+    check_key(key)
+    return bytes(key.tolist())
+
+
+def _natural(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"Expected {name} to be an integer, got {type(value).__name__}.") from None
+    if number < 0:
+        raise ArgumentError(f"Expected {name} >= 0, got {name}={number}.")
+    return number
+
+
+def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence):
+        raise ArgumentError(f"Expected shape to be a sequence of integers, got {type(shape).__name__}.")
+    return tuple(_natural("shape", size) for size in shape)
+
+
+def _precision(dtype: torch.dtype) -> _Precision:
+    if dtype not in _PRECISION:
+        names = ", ".join(str(known) for known in _PRECISION)
+        raise ArgumentError(f"Expected dtype to be one of {names}, got dtype={dtype}.")
+    return _PRECISION[dtype]

@@ -1,0 +1,310 @@
+"""Keys, keystreams and the law of what comes out of them. Keys are fixed, so every statistic here is a constant."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from pegrad import random
+from pegrad.errors import ArgumentError, LeafError
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+# What key(0) means, from a first run; the hashes and the cipher are tested by their own libraries.
+KEY_0 = "36a0795582644c59"
+FOLD_0_7 = "fd077965615342bc"
+SPLIT_0_1 = "b08c57aef188b253"
+NORMAL_0 = [-0.211357, -0.102288, -1.108476, 1.788997]
+NORMAL64_0 = [-0.06441492194288838, 1.7735014658627042, 1.126606040481039]
+UNIFORM64_0 = [0.3893280277502681, 0.6471755700600537]
+PERMUTATION_0 = [2, 3, 0, 1, 4, 5]
+
+
+class _FakeStream:
+    """A keystream that repeats one byte pattern, to reach words that no test would draw."""
+
+    def __init__(self, pattern: bytes):
+        self.pattern = pattern
+
+    def update_into(self, zeros: bytes, buffer: bytearray) -> int:
+        buffer[: len(zeros)] = self.pattern * (len(zeros) // len(self.pattern))
+        return len(zeros)
+
+
+def _fake(monkeypatch: pytest.MonkeyPatch, pattern: bytes) -> None:
+    monkeypatch.setattr(random, "_keystream", lambda key, purpose: _FakeStream(pattern))
+
+
+# Keys
+
+
+def test_known_answers():
+    """Catches any change of what a seed means: of hash, purpose, cipher, word order or Box–Muller."""
+    key = random.key(0)
+    assert bytes(key.tolist()[:8]).hex() == KEY_0
+    assert bytes(random.fold_in(key, 7).tolist()[:8]).hex() == FOLD_0_7
+    assert bytes(random.split(key)[1].tolist()[:8]).hex() == SPLIT_0_1
+    torch.testing.assert_close(random.normal(key, (4,)), torch.tensor(NORMAL_0), rtol=1e-5, atol=1e-6)
+    normal64 = torch.tensor(NORMAL64_0, dtype=torch.float64)
+    torch.testing.assert_close(random.normal(key, (3,), dtype=torch.float64), normal64, rtol=1e-12, atol=0)
+    assert random.uniform(key, (2,), dtype=torch.float64).tolist() == UNIFORM64_0
+    assert random.permutation(key, 6).tolist() == PERMUTATION_0
+
+
+def test_keys_are_plain_tensors():
+    for key in (random.key(), random.key(3), random.fold_in(random.key(3), 1), *random.split(random.key(3), 3)):
+        assert key.dtype == torch.uint8
+        assert key.shape == (32,)
+        assert key.device.type == "cpu"
+
+
+def test_derived_keys_never_coincide():
+    """Catches a purpose or a number left out of the hash, and numbers cut to 64 bits."""
+    parent = random.key(5)
+    numbers = [*range(100), 255, 256, 2**32, 2**64, 2**64 + 1, 2**300]
+    keys = [parent, random.fold_in(random.key(6), 0), random.key(), random.key()]
+    keys += [random.key(n) for n in numbers if n != 5]
+    keys += [random.fold_in(parent, n) for n in numbers]
+    keys += random.split(parent, 100)
+    assert len({bytes(key.tolist()) for key in keys}) == len(keys)
+
+
+def test_purposes_use_different_streams(monkeypatch):
+    """Catches a uniform, a normal or a permutation that runs on the keystream of another, or on a child's key."""
+    original, streams = random._keystream, []
+
+    def recorded(key, purpose):
+        streams.append(original(key, purpose).update(bytes(32)))
+        return original(key, purpose)
+
+    monkeypatch.setattr(random, "_keystream", recorded)
+    key = random.key(1)
+    for each in (key, random.fold_in(key, 0), random.split(key)[0]):
+        random.uniform(each, (1,))
+        random.normal(each, (1,))
+        random.permutation(each, 1)
+    assert len(set(streams)) == 9
+
+
+def test_numbers_may_be_integer_tensors():
+    key = random.key(0)
+    assert torch.equal(random.fold_in(key, torch.tensor(3)), random.fold_in(key, 3))
+
+
+# Normals
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normal_follows_the_law(dtype):
+    """Catches a wrong scale, radius or angle, and shows that the test could: other scales are rejected."""
+    sample = random.normal(random.key(11), (200_000,), dtype=dtype).double().numpy()
+    assert stats.kstest(sample, "norm").pvalue > 0.01
+    for scale in (2 / 3, 3 / 2):
+        assert stats.kstest(scale * sample, "norm").pvalue < 1e-100
+
+
+def test_normal_tail():
+    """Catches a radius of too few bits, of which the tail would be cut."""
+    sample = random.normal(random.key(12), (8_000_000,)).abs_()
+    for threshold in (4.0, 4.5, 5.0):
+        expected = len(sample) * 2 * stats.norm.sf(threshold)
+        count = int((sample > threshold).sum())
+        assert 0.001 < stats.poisson.cdf(count, expected) < 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_words_give_the_stated_bounds(monkeypatch, dtype):
+    """Catches fewer bits in the radius, a logarithm of 0, and a radius above 1 before the logarithm."""
+    key, largest = random.key(0), math.sqrt(128 * math.log(2))
+    _fake(monkeypatch, bytes(4))
+    assert random.normal(key, (1,), dtype=dtype).item() == pytest.approx(largest, rel=1e-6)
+    _fake(monkeypatch, bytes([255] * 4))
+    assert random.normal(key, (1,), dtype=dtype).item() == pytest.approx(largest, rel=1e-6)
+    for pattern in (bytes([0, 0, 0, 128]), bytes([255, 255, 255, 127])):
+        _fake(monkeypatch, pattern)
+        assert random.normal(key, (5,), dtype=dtype).abs().max() < 1e-3
+
+
+def test_no_value_is_shared():
+    """Catches noise that two leaves, steps, keys or blocks of one stream have in common."""
+    keys = [random.key(0), random.key(1), *random.split(random.key(0))]
+    steps = [random.fold_in(key, step) for key in keys for step in range(3)]
+    tree = {"a": torch.zeros(2000, dtype=torch.float64), "b": [torch.zeros(2, 1000, dtype=torch.float64)] * 2}
+    noise = [random.tree_normal(key, tree) for key in steps]
+    values = [leaf.flatten() for each in noise for leaf in (each["a"], *each["b"])]
+    values.append(random.normal(random.key(2), (3 * random._BLOCK,), dtype=torch.float64))
+    together = torch.cat(values)
+    assert len(together.unique()) == len(together)
+
+
+def test_normals_are_uncorrelated():
+    """Catches a word used twice, and a cosine and sine of different angles or one radius in place of two."""
+    n = 200_000
+    sample = random.normal(random.key(13), (n,), dtype=torch.float64)
+    for values in (sample, sample.square() - 1):
+        unit = values / values.norm()
+        for lag in (1, 2, 3, 4, 8, 16, 1000, n // 2):
+            assert abs(unit[:-lag] @ unit[lag:]) < 4 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (7,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_shape_and_dtype(shape, dtype):
+    """Catches an odd count that loses its last value, and a half precision that is not the float32 rounded."""
+    for draw in (random.normal, random.uniform):
+        sample = draw(random.key(0), shape, dtype=dtype)
+        assert sample.shape == shape
+        assert sample.dtype == dtype
+        assert sample.isfinite().all()
+        if dtype in (torch.bfloat16, torch.float16):
+            assert torch.equal(sample, draw(random.key(0), shape).to(dtype))
+
+
+def test_counts_around_the_block_size():
+    """Catches a block that is skipped or left unfilled."""
+    for count in (random._BLOCK - 1, random._BLOCK, random._BLOCK + 1, 2 * random._BLOCK + 3):
+        sample = random.normal(random.key(4), (count,), dtype=torch.float64)
+        assert len(sample.unique()) == count
+        assert sample[-1000:].std() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_devices_agree(device):
+    """Catches a generator that depends on the device."""
+    for draw in (random.normal, random.uniform):
+        sample = draw(random.key(0), (1001,), device=device)
+        assert sample.device.type == device
+        torch.testing.assert_close(sample.cpu(), draw(random.key(0), (1001,), device="cpu"))
+    with torch.device("meta"):
+        assert random.normal(random.key(0), (3,)).device.type == "meta"
+        assert random.permutation(random.key(0), 3).device.type == "cpu"
+
+
+def test_tree_normal_is_like_the_tree():
+    tree = {"w": torch.ones(2, 3, dtype=torch.float64), "b": (torch.ones(4, dtype=torch.bfloat16), None)}
+    noise = random.tree_normal(random.key(0), tree)
+    assert noise["w"].shape == (2, 3)
+    assert noise["w"].dtype == torch.float64
+    assert noise["b"][0].shape == (4,)
+    assert noise["b"][0].dtype == torch.bfloat16
+    assert noise["b"][1] is None
+    assert torch.equal(tree["w"], torch.ones(2, 3, dtype=torch.float64))
+
+
+def test_draws_inside_a_loss_under_vmap_and_grad():
+    """Catches buffers that torch.func wraps: a dropout mask may be drawn inside a loss."""
+    key, params, batch = random.key(0), torch.ones(5), torch.ones(3, 5)
+
+    def loss(params, example):
+        keep = random.uniform(key, (5,)) <= 0.5
+        return (params * example * keep + random.normal(key, (5,)) * params).sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, batch)
+    expected = (random.uniform(key, (5,)) <= 0.5) + random.normal(key, (5,))
+    torch.testing.assert_close(grads, expected.expand(3, 5))
+
+
+def test_no_global_state():
+    """Catches use of torch's own generator, and a keystream that remembers earlier calls."""
+    before = torch.get_rng_state()
+    first = random.normal(random.key(0), (100,))
+    random.permutation(random.key(0), 10)
+    assert torch.equal(random.normal(random.key(0), (100,)), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Uniforms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uniform_follows_the_law(dtype):
+    """Catches a wrong scale and words that lose or repeat bits."""
+    sample = random.uniform(random.key(21), (256_000,), dtype=dtype).double()
+    assert sample.min() > 0
+    assert sample.max() <= 1
+    assert stats.kstest(sample.numpy(), "uniform").pvalue > 0.01
+    for bits in (8, 16, 24):  # the last 8 bits of so many: all of them must be uniform
+        digits = (sample * 2**bits - 1e-9).floor().long() % 256
+        assert stats.chisquare(digits.bincount(minlength=256).numpy()).pvalue > 0.01
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_uniform_is_never_zero(monkeypatch, dtype):
+    """Catches k/2^r with k from 0, and k + 1 rounded above 1."""
+    _fake(monkeypatch, bytes(4))
+    assert random.uniform(random.key(0), (2,), dtype=dtype).min() > 0
+    _fake(monkeypatch, bytes([255] * 4))
+    assert random.uniform(random.key(0), (2,), dtype=dtype).max() == 1
+
+
+# Permutations
+
+
+def test_permutation_is_uniform():
+    """Catches a biased shuffle: each of the 24 orders of 4 is equally likely."""
+    counts = dict.fromkeys(itertools.permutations(range(4)), 0)
+    for step in range(4800):
+        counts[tuple(random.permutation(random.fold_in(random.key(31), step), 4).tolist())] += 1
+    assert stats.chisquare(list(counts.values())).pvalue > 0.01
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 1001])
+def test_permutation_permutes(n):
+    order = random.permutation(random.key(0), n)
+    assert order.dtype == torch.int64
+    assert order.sort().values.tolist() == list(range(n))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "key",
+    [None, 0, b"0" * 32, torch.zeros(32), torch.zeros(31, dtype=torch.uint8), torch.zeros(1, 32, dtype=torch.uint8)],
+)
+def test_what_is_not_a_key_is_refused(key):
+    calls = [
+        lambda: random.check_key(key),
+        lambda: random.fold_in(key, 0),
+        lambda: random.split(key),
+        lambda: random.uniform(key, (1,)),
+        lambda: random.normal(key, (1,)),
+        lambda: random.permutation(key, 2),
+        lambda: random.tree_normal(key, [torch.zeros(1)]),
+    ]
+    for call in calls:
+        with pytest.raises(ArgumentError, match="Expected a key"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda key: random.key(-1), "seed >= 0, got seed=-1"),
+        (lambda key: random.key(1.0), "seed to be an integer, got float"),
+        (lambda key: random.fold_in(key, -1), "data >= 0, got data=-1"),
+        (lambda key: random.fold_in(key, "a"), "data to be an integer, got str"),
+        (lambda key: random.split(key, 0), "num >= 1"),
+        (lambda key: random.split(key, -1), "num >= 0, got num=-1"),
+        (lambda key: random.split(key, 1.5), "num to be an integer"),
+        (lambda key: random.permutation(key, -1), "n >= 0, got n=-1"),
+        (lambda key: random.normal(key, (2,), dtype=torch.int64), "dtype=torch.int64"),
+        (lambda key: random.normal(key, (2,), dtype=torch.complex64), "dtype=torch.complex64"),
+        (lambda key: random.uniform(key, (2,), dtype=torch.uint8), "dtype=torch.uint8"),
+        (lambda key: random.normal(key, (-1,)), "shape >= 0, got shape=-1"),
+        (lambda key: random.uniform(key, 3), "shape to be a sequence of integers, got int"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(ArgumentError, match=message):
+        call(random.key(0))
+
+
+@pytest.mark.parametrize(("leaf", "kind"), [(torch.zeros(2, dtype=torch.int32), "torch.int32"), (1.0, "float")])
+def test_tree_normal_names_the_leaf(leaf, kind):
+    with pytest.raises(LeafError, match=rf"\['b'\]\[1\].*{kind}"):
+        random.tree_normal(random.key(0), {"a": torch.zeros(1), "b": [torch.zeros(1), leaf]})
