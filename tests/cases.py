@@ -26,7 +26,7 @@ class Case:
 
 
 def r(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 CASES: dict[str, Case] = {}
@@ -160,6 +160,11 @@ def attention(params, x):
     q, k, v = F.linear(x, params["qkv"]).unflatten(-1, (3, 2, 2)).permute(1, 2, 0, 3)
     y = F.scaled_dot_product_attention(q, k, v)
     return F.linear(y.transpose(0, 1).flatten(1), params["out"]).square().sum()
+
+
+@case(lambda: ({"scale": r(), "w": r(3)}, r(B, 3)))
+def scalar_parameter(params, x):
+    return params["scale"].exp() * (params["w"] * x).sin().sum()
 
 
 class Net(nn.Module):

@@ -35,7 +35,7 @@ def per_example_grads(loss: Any, params: Any, batch: Any) -> list[Tensor]:
 
 def norms(grads: list[Tensor]) -> Tensor:
     """Norm of each row over all leaves."""
-    return torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
+    return torch.stack([g.reshape(g.shape[0], -1).square().sum(1) for g in grads]).sum(0).sqrt()
 
 
 def clipped_sum(grads: list[Tensor], clip_norm: float) -> list[Tensor]:

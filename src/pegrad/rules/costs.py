@@ -33,18 +33,18 @@ class Rates(NamedTuple):
 
 
 CPU: dict[str, Rates] = {
-    "grouped": Rates(0.016, 2.6, 0.0, 2e4),
-    "grouped_backward": Rates(0.007, 3.5, 0.0, 2e4),
-    "unfold": Rates(0.010, 1.2, 1.0, 2e4),
-    "offset": Rates(0.010, 2.0, 1.0, 1e4),
-    "loop": Rates(0.007, 1.3, 0.0, 3e4),
-    "gram_unfolded": Rates(0.010, 0.0, 1.0, 2e4),
-    "gram_box": Rates(0.010, 0.0, 0.4, 2e4),
-    "product": Rates(0.010, 0.5, 0.0, 1e4),
-    "gram": Rates(0.010, 0.0, 0.5, 1e4),
-    "reduce": Rates(0.0, 0.0, 0.3, 1e4),
-    "contract": Rates(0.0, 0.0, 0.2, 1e4),
-    "native": Rates(0.007, 0.5, 0.3, 1e4),
+    "grouped": Rates(0.025, 3.4, 0.0, 2e4),
+    "grouped_backward": Rates(0.02, 2.0, 0.0, 2e4),
+    "unfold": Rates(0.0061, 2.2, 1.9, 2e4),
+    "offset": Rates(0.016, 3.9, 4.1, 2.7e5),
+    "loop": Rates(0.019, 2.0, 0.0, 3.4e4),
+    "gram_unfolded": Rates(0.017, 0.0, 0.49, 4.8e5),
+    "gram_box": Rates(0.018, 0.0, 0.72, 2.6e5),
+    "native": Rates(0.02, 0.59, 0.31, 5.2e3),
+    "reduce": Rates(0.0, 0.0, 0.12, 7.5e3),
+    "contract": Rates(0.0, 0.0, 0.089, 8.5e3),
+    "product": Rates(0.021, 0.19, 0.0, 1e4),
+    "gram": Rates(0.019, 0.0, 0.15, 7.1e3),
 }
 # Throughputs of a data-centre GPU's specification sheet, not fitted: a call costs as much as many multiply-adds.
 CUDA: dict[str, Rates] = {

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pegrad.tracing.batched import transformed
+
 Leaves = list[Tensor]
 FlatLoss = Callable[[Leaves, Leaves], tuple[Tensor, Leaves]]
 """`(parameter leaves, leaves of one example) -> (scalar loss, leaves of aux)`."""
@@ -63,9 +65,10 @@ class Strategy(ABC):
             values.
         """
         grads, values = self.stacked(problem)
-        norms = squared_norms(grads)
-        weights = weigh(norms)
-        return [contract(weights, grad) for grad in grads], norms, values
+        squares = squared_norms(grads)
+        weights = weigh(squares)
+        bad = bad_rows(squares, weights)
+        return [contract(weights, grad, bad) for grad in grads], squares, values
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -75,13 +78,33 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def squared_norms(grads: Leaves) -> Tensor:
     """Sum of squares of each row over all leaves: `(B, ...)` leaves to `(B,)`, in at least float32."""
-    rows = [grad.flatten(1).to(accumulator(grad.dtype)) for grad in grads]
-    return torch.stack([torch.linalg.vecdot(row, row) for row in rows]).sum(0)
+    # By way of the norm, which needs no second array of the size of the first.
+    norms = [
+        torch.linalg.vector_norm(grad.reshape(grad.shape[0], -1), dim=1, dtype=accumulator(grad.dtype))
+        for grad in grads
+    ]
+    return torch.stack(norms).square().sum(0)
 
 
-def contract(weights: Tensor, grad: Tensor) -> Tensor:
-    """Sum the rows of `grad` `(B, ...)` by `weights` `(B,)`; a row of weight zero is left out, not multiplied."""
+def contract(weights: Tensor, grad: Tensor, bad: Tensor | None) -> Tensor:
+    """Sum the rows of `grad` `(B, ...)` by `weights` `(B,)`, the rows marked in `bad` `(B,)` left out altogether."""
     dtype = accumulator(grad.dtype)
-    rows = grad.flatten(1).to(dtype)
-    kept = rows.masked_fill((weights == 0)[:, None], 0)
-    return (weights.to(dtype) @ kept).reshape(grad.shape[1:])
+    rows = grad.reshape(grad.shape[0], -1).to(dtype)
+    if bad is not None:
+        rows = rows.masked_fill(bad[:, None], 0)
+    return (weights.to(dtype) @ rows).reshape(grad.shape[1:])
+
+
+def bad_rows(squares: Tensor, weights: Tensor) -> Tensor | None:
+    """Mark the rows to leave out of a sum because zero times what they hold might not be zero.
+
+    Args:
+        squares: squared norms, `(B,)`.
+        weights: weights in the sum, `(B,)`; zero wherever the squared norm is not finite.
+
+    Returns:
+        `(B,)`, boolean; or None where all rows are known to be finite.
+    """
+    if not transformed() and bool(torch.isfinite(squares).all()):
+        return None
+    return weights == 0

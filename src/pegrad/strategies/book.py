@@ -112,6 +112,7 @@ class Norms:
 
     def __init__(self, trace: Trace, choose: Choose, *, keep: bool) -> None:
         self._trace = trace
+        self._batch = trace.losses.shape[0]
         self._roots = Roots.of(trace)
         self._shared = Stacks(trace, lambda leaf, rows: self._enter_stacked(trace.params[leaf], rows), self._roots)
         self._choose = choose
@@ -155,11 +156,10 @@ class Norms:
         shapes = tuple(x.shape), tuple(g.shape)
         if not choice.stacks:
             self._squares.append(site.norming(*shapes)[choice.norm].run(x, g))
+        elif choice.keeps:
+            return self._enter_stacked(site.source, site.stacking(*shapes)[choice.norm].run(x, g))
         else:
-            stacked = site.stacking(*shapes)[choice.norm].run(x, g)
-            if choice.keeps:
-                return self._enter_stacked(site.source, stacked)
-            self._squares.append(squared_norms([stacked]))
+            self._squares.append(_norms_of_stacks(site, choice.norm, x, g, self._batch))
         if self._keep:
             self._sums.append((site.source, lambda weights, bad: native_sum(site, *_weigh(x, g, weights, bad))))
         return None
@@ -167,7 +167,19 @@ class Norms:
     def _enter_stacked(self, source: Tensor, stacked: Tensor) -> None:
         self._squares.append(squared_norms([stacked]))
         if self._keep:
-            self._sums.append((source, lambda weights, bad: contract(weights, stacked)))
+            self._sums.append((source, lambda weights, bad: contract(weights, stacked, bad)))
+
+
+def _norms_of_stacks(site: Site, kernel: str, x: Tensor, g: Tensor, batch: int) -> Tensor:
+    """Square a site's stacked gradients, a few examples at a time: they never leave the processor's cache."""
+    step = max(1, _CHUNK // site.source.numel())
+    rows = x.shape[0] // batch
+    squares = []
+    for start in range(0, x.shape[0], step * rows):
+        part = slice(start, start + step * rows)
+        run = site.stacking(tuple(x[part].shape), tuple(g[part].shape))[kernel].run
+        squares.append(squared_norms([run(x[part], g[part])]))
+    return torch.cat(squares)
 
 
 def native_sum(site: Site, x: Tensor, g: Tensor) -> Tensor:
@@ -176,6 +188,7 @@ def native_sum(site: Site, x: Tensor, g: Tensor) -> Tensor:
     return native.run(x, g) if native else stack_kernel(site, x, g).run(x, g).sum(0)
 
 
+_CHUNK = 1 << 20  # numbers
 _PIECES = 3  # of 8 bits each make float32's 24
 
 
@@ -238,4 +251,5 @@ def wipe(t: Tensor, bad: Tensor | None) -> Tensor:
 
 def _weigh(x: Tensor, g: Tensor, weights: Tensor, bad: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = weights.to(g.dtype).repeat_interleave(g.shape[0] // weights.shape[0])
-    return wipe(x, bad), wipe(g, bad) * rows.reshape(-1, *[1] * (g.dim() - 1))
+    x, g = wipe(x, bad), wipe(g, bad)
+    return x, g * rows.reshape(-1, *[1] * (g.dim() - 1))

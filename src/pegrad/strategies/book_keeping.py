@@ -7,10 +7,10 @@ from functools import partial
 from torch import Tensor
 
 from pegrad.rules.site import Site
-from pegrad.strategies.base import Leaves, Problem, Values
+from pegrad.strategies.base import Leaves, Problem, Values, bad_rows
 from pegrad.strategies.book import Norms
 from pegrad.strategies.choice import Candidate, choose
-from pegrad.strategies.traced import Traced, bad_rows, values
+from pegrad.strategies.traced import Traced, values
 from pegrad.tracing.trace import Tapped
 
 

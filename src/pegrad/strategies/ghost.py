@@ -6,9 +6,9 @@ from functools import partial
 
 from torch import Tensor
 
-from pegrad.strategies.base import Leaves, Problem, Values
+from pegrad.strategies.base import Leaves, Problem, Values, bad_rows
 from pegrad.strategies.book import Norms, gather, native_sum, widen, wipe
-from pegrad.strategies.traced import Traced, bad_rows, values
+from pegrad.strategies.traced import Traced, values
 from pegrad.tracing.trace import Tapped
 
 

@@ -76,7 +76,3 @@ def values(trace: Trace) -> Values:
     """Return what the forward pass gave, cut off from the graph."""
     return Values(trace.losses.detach(), trace.aux)
 
-
-def bad_rows(squares: Tensor, weights: Tensor) -> Tensor | None:
-    """Mark the rows to be wiped before a sum, since zero times what they hold might not be zero; None: no such row."""
-    return None if bool(torch.isfinite(squares).all()) else weights == 0

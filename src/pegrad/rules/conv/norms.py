@@ -12,7 +12,6 @@ whatever the number of positions.
 from collections.abc import Iterator
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,7 +54,7 @@ def gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
         for axis in range(nd):
             products = _filter(products, axis + 1, axis + 1 + nd, geometry, axis)
         weights = lines[:, :, block].flatten(2).mT @ lines.flatten(2)
-        total += torch.linalg.vecdot(products.reshape(batch * groups, -1), weights.flatten(1))
+        total += products.reshape(batch * groups, -1).mul_(weights.flatten(1)).sum(1)
     return total.reshape(batch, groups).sum(1)
 
 
@@ -68,9 +67,7 @@ def _filter(products: Tensor, row: int, column: int, geometry: Geometry, axis: i
         part = products.narrow(row, d * i, s * (rows - 1) + 1).narrow(column, d * i, s * (columns - 1) + 1)
         return part if s == 1 else _every(_every(part, row, s), column, s)
 
-    total = diagonal(0)
-    if k > 1:
-        total = total + diagonal(1)
+    total = diagonal(0) + diagonal(1) if k > 1 else diagonal(0)
     for i in range(2, k):
         total += diagonal(i)
     return total

@@ -1,0 +1,1 @@
+"""The commands of `python -m pegrad`: one module each, imported when its command runs."""

@@ -1,0 +1,135 @@
+"""What can be typed after `python -m pegrad`, and which combinations make sense."""
+
+import argparse
+import contextlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pegrad.comparison import QUESTIONS
+from pegrad.models import MODELS
+from pegrad.strategies import STRATEGIES
+from pegrad.training import PRESETS
+
+_ONLY_WITH_DP = ("strategy", "noise_multiplier", "epsilon", "delta", "clip_norm", "microbatch_size")
+
+_TRAIN = """Train the MNIST network of Rochette et al. 2019, with DP-SGD or without, and time the strategies on it.
+
+The parameters that come out are (epsilon, delta)-private as stated. Losses and gradient norms, on the screen, in
+metrics.json and in training.png, are those of single training examples and NOT private: they are for the
+experimenter's eyes. Nor does epsilon cover a choice of options made by looking at the results."""
+
+_COMPARE = """Time the strategies in turns with the gradient of the mean loss, the one that training without privacy
+needs, on random images; and tell how far each answer is from that of vmap."""
+
+
+def _checked(kind: Callable[[str], Any], accepts: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """Make the converter of an option's text, whose error says what was expected."""
+
+    def convert(text: str) -> Any:
+        with contextlib.suppress(ValueError, RuntimeError):
+            value = kind(text)
+            if accepts(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return convert
+
+
+def _is_here(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
+
+
+_positive = _checked(float, lambda value: 0 < value < math.inf, "a number > 0")
+_not_negative = _checked(float, lambda value: 0 <= value < math.inf, "a number >= 0")
+_probability = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+_count = _checked(int, lambda value: value >= 1, "a whole number >= 1")
+_natural = _checked(int, lambda value: value >= 0, "a whole number >= 0")
+_device = _checked(torch.device, _is_here, "cpu, or cuda where there is such a device")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The options, `command` being "train" or "compare". Options of `train` that were not given are None.
+
+    Raises:
+        SystemExit: the arguments make no sense; the reason is on the standard error.
+    """
+    parser = argparse.ArgumentParser("pegrad", description="Per-example gradients and differentially private SGD.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_compare(commands)
+    train = _add_train(commands)
+    options = parser.parse_args(argv)
+    if options.command == "train":
+        _check_train(train, options)
+    return options
+
+
+def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser("train", description=_TRAIN, help="train, with differential privacy or without")
+    parser.add_argument("--data", choices=[*PRESETS], default="digits", help="data set (default: %(default)s)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="MNIST's IDX files (default: $PEGRAD_DATA/mnist)")
+    parser.add_argument("--dp", action=argparse.BooleanOptionalAction, default=True, help="train by DP-SGD")
+    parser.add_argument("--strategy", choices=[*STRATEGIES], help="how per-example gradients are computed")
+    noise = parser.add_mutually_exclusive_group()
+    noise.add_argument("--noise-multiplier", type=_not_negative, metavar="SIGMA", help="noise std / sensitivity")
+    noise.add_argument("--epsilon", type=_positive, metavar="EPS", help="budget that the noise is calibrated to")
+    parser.add_argument("--delta", type=_probability, help="delta of the guarantee")
+    parser.add_argument("--clip-norm", type=_positive, metavar="C", help="bound on each example's gradient norm")
+    parser.add_argument("--microbatch-size", type=_count, metavar="M", help="examples at a time (default: all)")
+    parser.add_argument("--batch-size", type=_count, metavar="B", help="examples in a batch, on average with DP-SGD")
+    parser.add_argument("--epochs", type=_positive, help="passes over the training set, or a part of one")
+    parser.add_argument("--lr", type=_positive, help="Adam's learning rate")
+    parser.add_argument("--seed", type=_natural, help="repeat an experiment (default: OS entropy)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write metrics.json and training.png")
+    _add_device(parser)
+    parser.epilog = "Defaults: " + "; ".join(f"{name}: {_preset(name)}" for name in PRESETS) + "."
+    return parser
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("compare", description=_COMPARE, help="time the strategies side by side")
+    parser.add_argument("--model", choices=[*MODELS], default="mnist_cnn", help="network (default: %(default)s)")
+    parser.add_argument("--batch-size", type=_count, default=32, metavar="B", help="examples (default: %(default)s)")
+    parser.add_argument("--image-size", type=_count, metavar="N", help="height and width (default: the model's)")
+    parser.add_argument("--repeats", type=_count, default=5, metavar="N", help="rounds (default: %(default)s)")
+    parser.add_argument("--strategies", nargs="+", choices=[*STRATEGIES], default=[*STRATEGIES], metavar="S")
+    parser.add_argument(
+        "--question",
+        choices=[*QUESTIONS],
+        default="clipped",
+        help="every gradient, their norms, or the sum of the clipped ones (default: %(default)s)",
+    )
+    parser.add_argument("--kernels", action="store_true", help="also grouped_conv by each convolution kernel")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu or cuda (default: cpu)")
+
+
+def _check_train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.data == "digits" and options.data_dir is not None:
+        parser.error("argument --data-dir: not allowed with --data digits, which scikit-learn ships")
+    if options.data == "mnist" and options.data_dir is None:
+        if "PEGRAD_DATA" not in os.environ:
+            parser.error("argument --data mnist: needs --data-dir, or PEGRAD_DATA in the environment")
+        options.data_dir = Path(os.environ["PEGRAD_DATA"]) / "mnist"
+    given = [name for name in _ONLY_WITH_DP if getattr(options, name) is not None]
+    if given and not options.dp:
+        parser.error(f"argument --{given[0].replace('_', '-')}: not allowed with --no-dp")
+
+
+def _preset(name: str) -> str:
+    settings, privacy = PRESETS[name]
+    values = {**vars(settings), **vars(privacy)}
+    return ", ".join(f"{key} {value:g}" for key, value in values.items() if isinstance(value, float | int))
