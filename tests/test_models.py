@@ -180,7 +180,7 @@ def nn_resnet(
     return nn.Sequential(*stack, Mean(), nn.Linear(before, num_classes))
 
 
-def nn_wrn(depth: int, width: int, groups: int = 16, conv: Callable = StandardisedConv) -> nn.Module:
+def nn_wrn(depth: int, width: int, groups: int = 16, conv: Callable = nn.Conv2d) -> nn.Module:
     def unit(before: int, after: int, kernel_size: int, stride: int) -> nn.Module:
         convolution = conv(before, after, kernel_size, stride=stride, padding=kernel_size // 2)
         return nn.Sequential(nn.ReLU(), nn.GroupNorm(groups, before), convolution)
@@ -250,9 +250,9 @@ ROWS = {
         (3, 40, 40),
     ),
     "wrn": Row(partial(models.wrn, 16, 2, image_size=16), partial(nn_wrn, 16, 2), (3, 16, 16)),
-    "wrn, plain": Row(
-        partial(models.wrn, 10, 1, image_size=16, groups=8, weight_standardisation=False),
-        partial(nn_wrn, 10, 1, groups=8, conv=nn.Conv2d),
+    "wrn, standardised": Row(
+        partial(models.wrn, 10, 1, image_size=16, groups=8, weight_standardisation=True),
+        partial(nn_wrn, 10, 1, groups=8, conv=StandardisedConv),
         (3, 16, 16),
     ),
     "vit": Row(
@@ -346,8 +346,8 @@ def shapes_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("resnet18", partial(nn_resnet, 18), 11_173_962),
         ("resnet34", partial(nn_resnet, 34), 21_282_122),
         ("resnet50", partial(nn_resnet, 50), 23_520_842),
-        ("wrn16_4", partial(nn_wrn, 16, 4), 2_753_818),
-        ("wrn40_4", partial(nn_wrn, 40, 4), 8_961_306),
+        ("wrn16_4", partial(nn_wrn, 16, 4), 2_751_562),
+        ("wrn40_4", partial(nn_wrn, 40, 4), 8_955_466),
         ("vit", partial(nn_vit, 64, 4, 192, 6, 3, 4), 2_693_578),
     ],
 )

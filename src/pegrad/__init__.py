@@ -11,6 +11,7 @@ from pegrad.errors import (
     MissingExtraError,
     PegradError,
 )
+from pegrad.explain import Explanation, autotune, explain
 from pegrad.per_example import (
     Clipped,
     ClippedGrad,
@@ -20,7 +21,11 @@ from pegrad.per_example import (
     per_example_norm,
     per_example_value_and_grad,
 )
+from pegrad.rules import RULES
 from pegrad.rules.conv import KERNELS
+from pegrad.rules.operation import operation
+from pegrad.rules.site import Kernel, Site
+from pegrad.statistics import Moments, gradient_gram, gradient_moments, gradient_noise_scale, per_example_dot
 from pegrad.strategies import STRATEGIES, Auto, BookKeeping, Ghost, GroupedConv, Naive, Strategy, Vmap
 
 __version__ = "0.1.0"
@@ -28,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DPSGD",
     "KERNELS",
+    "RULES",
     "STRATEGIES",
     "ArgumentError",
     "Auto",
@@ -36,24 +42,35 @@ __all__ = [
     "Clipped",
     "ClippedGrad",
     "DataFileError",
+    "Explanation",
     "Ghost",
     "GroupedConv",
+    "Kernel",
     "LeafError",
     "LossError",
     "Metrics",
     "MissingExtraError",
+    "Moments",
     "Naive",
     "PegradError",
     "PerExample",
+    "Site",
     "State",
     "Step",
     "Strategy",
     "Vmap",
     "add_noise",
+    "autotune",
     "clipped_grad",
     "dp_sgd",
+    "explain",
+    "gradient_gram",
+    "gradient_moments",
+    "gradient_noise_scale",
     "models",
+    "operation",
     "optim",
+    "per_example_dot",
     "per_example_grad",
     "per_example_norm",
     "per_example_value_and_grad",

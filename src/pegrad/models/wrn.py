@@ -22,9 +22,9 @@ def wrn(
     in_channels: int = 3,
     num_classes: int = 10,
     groups: int = 16,
-    weight_standardisation: bool = True,
+    weight_standardisation: bool = False,
 ) -> Model:
-    """A wide residual network with group normalisation after each ReLU and standardised weights.
+    """A wide residual network with group normalisation after each ReLU.
 
     Args:
         depth: 6n + 4 for n blocks in each of the three stages: 10, 16, 22, 28, 40, ...

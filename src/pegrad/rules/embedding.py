@@ -37,6 +37,11 @@ class EmbeddingWeight(Site):
         """See `Site.summing`."""
         return Kernel("reduce", Work(0, moved=self.source.numel() + 2 * prod(g)), self._sum)
 
+    def apply(self, x: Tensor, parameter: Tensor) -> Tensor:
+        """See `Site.apply`."""
+        y = F.embedding(x, parameter)
+        return y if self.padding is None else y.masked_fill((x == self.padding)[..., None], 0)
+
     def _lines(self, x: Tensor, g: Tensor) -> Tensor:
         """One line of `g` for each token, zero for padding."""
         if self.padding is not None:

@@ -35,6 +35,19 @@ class LinearWeight(Site):
         work = Work(prod(x) * g[-1], x[-1] * g[-1], prod(g))
         return Kernel("native", work, lambda x, g: g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]))
 
+    def apply(self, x: Tensor, parameter: Tensor) -> Tensor:
+        """See `Site.apply`."""
+        return F.linear(x, parameter)
+
+    def pairs(self, x: Tensor, g: Tensor) -> Tensor | None:
+        """See `Site.pairs`."""
+        x, g = _rows(x), _rows(g)
+        batch, positions = x.shape[:2]
+        if positions**2 * (x.shape[2] + g.shape[2]) > x.shape[2] * g.shape[2]:
+            return None
+        products = (x.flatten(0, 1) @ x.flatten(0, 1).T).mul_(g.flatten(0, 1) @ g.flatten(0, 1).T)
+        return products.reshape(batch, positions, batch, positions).sum((1, 3))
+
 
 def _rows(t: Tensor) -> Tensor:
     """Take all middle axes for positions: `(B, T, channels)`."""

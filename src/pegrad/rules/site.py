@@ -36,6 +36,10 @@ class Site(ABC):
     source: Tensor
     operation: str
 
+    def describe(self) -> str:
+        """Say what the operation is, to tell sites of equal shapes apart."""
+        return self.operation
+
     @abstractmethod
     def stacking(self, x: Shape, g: Shape) -> dict[str, Kernel]:
         """Offer ways to the stacked gradient: `(x, g) -> (B, *source.shape)`, by name, for these shapes."""
@@ -46,6 +50,14 @@ class Site(ABC):
 
     def summing(self, x: Shape, g: Shape) -> Kernel | None:
         """Offer a native way to the gradient summed over the batch, `(x, g) -> source.shape`, if there is one."""
+        return None
+
+    def apply(self, x: Tensor, parameter: Tensor) -> Tensor | None:
+        """Run the operation, if it is linear in its parameter, with another one: the output, shaped like `g`."""
+        return None
+
+    def pairs(self, x: Tensor, g: Tensor) -> Tensor | None:
+        """Return the inner products of the examples' gradients, `(B, B)`, where that is cheaper than stacking them."""
         return None
 
 

@@ -1,12 +1,12 @@
 """What a backward pass over a trace is turned into: stacked gradients, norms, and weighted sums."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pegrad.rules.site import Site
+from pegrad.rules.site import Kernel, Site
 from pegrad.strategies.base import Leaves, accumulator, contract, squared_norms
 from pegrad.strategies.choice import Candidate, stack_kernel
 from pegrad.tracing.lineage import Lineage, lineage
@@ -50,10 +50,13 @@ class Roots(NamedTuple):
                 uses[leaf] += 1
         return cls(lineages, uses)
 
+    def sole(self, source: Tensor) -> bool:
+        """Tell whether this is the only use of all the leaves that it comes from."""
+        return all(self.uses[leaf] == 1 for leaf in self.lineages[id(source)].leaves)
+
     def alone(self, source: Tensor) -> bool:
         """Tell whether the norm of this use's gradient is that of its leaf's: its only use, and an isometry."""
-        line = self.lineages[id(source)]
-        return line.isometric and all(self.uses[leaf] == 1 for leaf in line.leaves)
+        return self.lineages[id(source)].isometric and self.sole(source)
 
 
 class Stacks:
@@ -75,7 +78,7 @@ class Stacks:
         """See `Book.receive`."""
         x, g = widen(x), widen(g)
         for site in tapped.sites:
-            self.add(site.source, stack_kernel(site, x, g).run(x, g))
+            self.add(site.source, stack_rows(site, x, g))
 
     def receive_copies(self, grads: Leaves) -> None:
         """See `Book.receive_copies`."""
@@ -126,8 +129,10 @@ class Norms:
         for site in tapped.sites:
             if self._roots.alone(site.source):
                 self._enter(site, self._choose(site, tapped), x, g)
+            elif self._roots.sole(site.source) and site.summing(tapped.x, tapped.y):
+                self._enter_made(site, x, g)
             else:
-                self._shared.add(site.source, stack_kernel(site, x, g).run(x, g))
+                self._shared.add(site.source, stack_rows(site, x, g))
 
     def receive_copies(self, grads: Leaves) -> None:
         """See `Book.receive_copies`."""
@@ -159,10 +164,21 @@ class Norms:
         elif choice.keeps:
             return self._enter_stacked(site.source, site.stacking(*shapes)[choice.norm].run(x, g))
         else:
-            self._squares.append(_norms_of_stacks(site, choice.norm, x, g, self._batch))
+            stacks = _stack_by_parts(site.stacking(*shapes)[choice.norm], site, x, g, self._batch)
+            self._squares.append(torch.cat([squared_norms([rows]) for rows in stacks]))
+        self._sum_natively(site, x, g)
+        return None
+
+    def _enter_made(self, site: Site, x: Tensor, g: Tensor) -> None:
+        """Enter the only use of leaves that the source was made of by more than an isometry."""
+        stacks = _stack_by_parts(stack_kernel(site, x, g), site, x, g, self._batch)
+        pulled = (pull_rows(self._trace, site.source, rows) for rows in stacks)
+        self._squares.append(torch.cat([squared_norms(list(leaves.values())) for leaves in pulled]))
+        self._sum_natively(site, x, g)
+
+    def _sum_natively(self, site: Site, x: Tensor, g: Tensor) -> None:
         if self._keep:
             self._sums.append((site.source, lambda weights, bad: native_sum(site, *_weigh(x, g, weights, bad))))
-        return None
 
     def _enter_stacked(self, source: Tensor, stacked: Tensor) -> None:
         self._squares.append(squared_norms([stacked]))
@@ -170,22 +186,22 @@ class Norms:
             self._sums.append((source, lambda weights, bad: contract(weights, stacked, bad)))
 
 
-def _norms_of_stacks(site: Site, kernel: str, x: Tensor, g: Tensor, batch: int) -> Tensor:
-    """Square a site's stacked gradients, a few examples at a time: they never leave the processor's cache."""
-    step = max(1, _CHUNK // site.source.numel())
-    rows = x.shape[0] // batch
-    squares = []
-    for start in range(0, x.shape[0], step * rows):
-        part = slice(start, start + step * rows)
-        run = site.stacking(tuple(x[part].shape), tuple(g[part].shape))[kernel].run
-        squares.append(squared_norms([run(x[part], g[part])]))
-    return torch.cat(squares)
+def _stack_by_parts(kernel: Kernel, site: Site, x: Tensor, g: Tensor, batch: int) -> Iterator[Tensor]:
+    """Stack a site's gradients a few examples at a time: they never leave the processor's cache."""
+    step = max(1, _CHUNK // site.source.numel()) * (x.shape[0] // batch)
+    for start in range(0, x.shape[0], step):
+        yield kernel.run(x[start : start + step], g[start : start + step])
+
+
+def stack_rows(site: Site, x: Tensor, g: Tensor) -> Tensor:
+    """Stack a site's gradients by the kernel that is estimated to be the cheapest: `(B, *source.shape)`."""
+    return stack_kernel(site, x, g).run(x, g)
 
 
 def native_sum(site: Site, x: Tensor, g: Tensor) -> Tensor:
     """Sum a site's gradient over the batch, natively where that exists."""
     native = site.summing(tuple(x.shape), tuple(g.shape))
-    return native.run(x, g) if native else stack_kernel(site, x, g).run(x, g).sum(0)
+    return native.run(x, g) if native else stack_rows(site, x, g).sum(0)
 
 
 _CHUNK = 1 << 20  # numbers

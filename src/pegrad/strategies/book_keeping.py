@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
-from pegrad.rules.site import Site
 from pegrad.strategies.base import Leaves, Problem, Values, bad_rows
 from pegrad.strategies.book import Norms
-from pegrad.strategies.choice import Candidate, choose
 from pegrad.strategies.traced import Traced, values
-from pegrad.tracing.trace import Tapped
 
 
 @dataclass(frozen=True)
@@ -24,13 +22,11 @@ class BookKeeping(Traced):
     Source: Bu et al. 2022, "Differentially private optimization on large model at small cost" (BK, BK-MixOpt).
     """
 
+    keeps: ClassVar[bool] = True
+
     def weighted_sum(self, problem: Problem, weigh: Callable[[Tensor], Tensor]) -> tuple[Leaves, Tensor, Values]:
         """See `Strategy.weighted_sum`."""
-        trace, book = self._run(problem, partial(Norms, choose=self._cheapest, keep=True))
+        trace, book = self.run(problem, partial(Norms, choose=self.choose, keep=True))
         squares = book.squared_norms()
         weights = weigh(squares)
         return book.weighted_sum(weights, bad_rows(squares, weights)), squares, values(trace)
-
-    @staticmethod
-    def _cheapest(site: Site, tapped: Tapped) -> Candidate:
-        return choose(site, tapped.x, tapped.y, site.source.device.type, keep=True)

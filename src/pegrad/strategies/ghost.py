@@ -21,7 +21,7 @@ class Ghost(Traced):
 
     def weighted_sum(self, problem: Problem, weigh: Callable[[Tensor], Tensor]) -> tuple[Leaves, Tensor, Values]:
         """See `Strategy.weighted_sum`."""
-        trace, book = self._run(problem, partial(Norms, choose=self._cheapest_norm, keep=False), last=False)
+        trace, book = self.run(problem, partial(Norms, choose=self.choose_norm, keep=False), last=False)
         squares = book.squared_norms()
         weights = weigh(squares)
         bad = bad_rows(squares, weights)

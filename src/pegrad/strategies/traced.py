@@ -1,9 +1,9 @@
 """What `ghost` and `book_keeping` share: a traced forward pass, run backward to a book."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from pegrad.rules import RULES
 from pegrad.rules.site import Rule, Site
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
 from pegrad.strategies.book import Book, Norms, Stacks
-from pegrad.strategies.choice import Candidate, choose
+from pegrad.strategies.choice import Candidate, Timings, choose
 from pegrad.tracing.batched import transformed
 from pegrad.tracing.trace import Tapped, Trace
 
@@ -26,17 +26,20 @@ class Traced(Strategy):
 
     Args:
         rules: rules of one's own, function to rule, beside `pegrad.RULES` or in their place.
+        timings: measured times of kernels, of `pegrad.autotune`; what is not among them is estimated.
 
     Raises:
         ArgumentError: on a call, under a transform of torch.func.
     """
 
     rules: Mapping[Callable, Rule] = field(default_factory=dict)
+    timings: Timings = field(default_factory=dict)
+    keeps: ClassVar[bool] = False
 
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
         """See `Strategy.stacked`."""
         found: dict[int, Tensor] = {}
-        trace, _ = self._run(problem, partial(Stacks, visit=found.__setitem__))
+        trace, _ = self.run(problem, partial(Stacks, visit=found.__setitem__))
         batch = problem.batch_size
         grads = [
             found[i].to(leaf.dtype) if i in found else leaf.new_zeros(batch, *leaf.shape)
@@ -46,11 +49,17 @@ class Traced(Strategy):
 
     def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
         """See `Strategy.squared_norms`."""
-        trace, book = self._run(problem, partial(Norms, choose=self._cheapest_norm, keep=False))
+        trace, book = self.run(problem, partial(Norms, choose=self.choose_norm, keep=False))
         return book.squared_norms(), values(trace)
 
-    def _run(self, problem: Problem, make_book: Callable[[Trace], B], *, last: bool = True) -> tuple[Trace, B]:
-        """Trace the loss and run it backward to a book; `last` tells whether the graph may be freed."""
+    def run(self, problem: Problem, make_book: Callable[[Trace], B], *, last: bool = True) -> tuple[Trace, B]:
+        """Trace the loss and run it backward to a book.
+
+        Args:
+            problem: loss, parameters and batch.
+            make_book: makes the book from the trace, before the backward pass.
+            last: whether the graph may be freed.
+        """
         if transformed():
             raise ArgumentError(
                 f"Strategy {type(self).__name__} cannot run under a transform of torch.func (grad, vmap, jvp, ...): "
@@ -58,7 +67,7 @@ class Traced(Strategy):
             )
         apart: set[int] = set()
         while True:
-            trace = Trace(problem.loss, problem.params, problem.batch, {**RULES, **self.rules}, apart)
+            trace = self.trace(problem, apart)
             book = make_book(trace)
             copies, leaks = trace.backward(torch.ones_like(trace.losses), book.receive, last=last)
             leaked = {i for i, leaks_here in enumerate(leaks) if leaks_here}
@@ -67,12 +76,19 @@ class Traced(Strategy):
                 return trace, book
             apart |= leaked  # the loss uses them in a way that the trace cannot see
 
-    @staticmethod
-    def _cheapest_norm(site: Site, tapped: Tapped) -> Candidate:
-        return choose(site, tapped.x, tapped.y, site.source.device.type, keep=False)
+    def trace(self, problem: Problem, apart: Collection[int] = ()) -> Trace:
+        """Run the loss forward; of the leaves in `apart` each example gets a copy."""
+        return Trace(problem.loss, problem.params, problem.batch, {**RULES, **self.rules}, apart)
+
+    def choose(self, site: Site, tapped: Tapped) -> Candidate:
+        """Pick the way to a site's norms and weighted sum."""
+        return choose(site, tapped.x, tapped.y, self.timings, keep=self.keeps)
+
+    def choose_norm(self, site: Site, tapped: Tapped) -> Candidate:
+        """Pick the way to a site's norms, where no sum is asked for."""
+        return choose(site, tapped.x, tapped.y, self.timings, keep=False)
 
 
 def values(trace: Trace) -> Values:
     """Return what the forward pass gave, cut off from the graph."""
     return Values(trace.losses.detach(), trace.aux)
-

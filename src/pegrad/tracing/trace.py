@@ -33,6 +33,7 @@ class Tapped:
     sites: list[Site]
     x: tuple[int, ...]
     y: tuple[int, ...]
+    dtype: torch.dtype  # of x
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +173,7 @@ class Trace(TorchFunctionMode):
             return y
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        tapped = Tapped(sites, tuple(x.shape), tuple(y.shape))
+        tapped = Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype)
         self.tapped.append(tapped)
         return _Tap.apply(y, self._anchor, x.detach(), self, tapped)
 

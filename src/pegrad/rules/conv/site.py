@@ -32,6 +32,11 @@ class ConvWeight(Site):
     transposed: bool = False
     images: int = 1
 
+    def describe(self) -> str:
+        """See `Site.describe`."""
+        g = self.geometry
+        return f"{self.operation} k={g.kernel} s={g.stride} p={g.padding} d={g.dilation} groups={g.groups}"
+
     def stacking(self, x: Shape, g: Shape) -> dict[str, Kernel]:
         """See `Site.stacking`."""
         work = cost.stacking(*self._roles(x, g), geometry=self.geometry)
@@ -48,6 +53,10 @@ class ConvWeight(Site):
         """See `Site.summing`."""
         work = cost.summing(*self._roles(x, g), self.geometry)
         return Kernel("native", work, lambda x, g: self.geometry.weight_gradient(*self._roles(x, g)))
+
+    def apply(self, x: Tensor, parameter: Tensor) -> Tensor | None:
+        """See `Site.apply`."""
+        return None if self.transposed else self.geometry.forward(x, parameter)
 
     def _kernel(
         self, kernel: Callable[[Tensor, Tensor, Geometry], Tensor], finish: Callable[[Tensor], Tensor]

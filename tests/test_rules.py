@@ -1,0 +1,331 @@
+"""Rules and their kernels: every one against the stacked gradient; blocks; memory; a rule of one's own."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import oracle
+import pegrad
+from pegrad import models, random
+from pegrad.call import Call
+from pegrad.rules import gram
+from pegrad.rules.conv import norms
+from pegrad.rules.conv.geometry import Geometry
+from pegrad.rules.costs import Work
+from pegrad.rules.gram import gram_norm
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def r(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def everything(params, example):
+    """Meets each rule once."""
+    image, tokens = example
+    x = F.conv2d(image, params["conv"], stride=2, padding=1, dilation=2, groups=2)
+    x = F.conv_transpose2d(x, params["back"], stride=2)
+    x = F.group_norm(x[None], 2, params["scale"], params["shift"])[0].tanh()
+    y = F.linear(x.flatten(1).T, params["weight"], params["bias"])
+    z = F.embedding(tokens, params["table"], padding_idx=0) @ params["matrix"]
+    return (y.sum(0) * z.cos()).sum()
+
+
+PARAMS = {
+    "conv": r(6, 2, 3, 2),
+    "back": r(6, 4, 2, 3),
+    "scale": r(4),
+    "shift": r(4),
+    "weight": r(5, 4),
+    "bias": r(5),
+    "table": r(7, 3),
+    "matrix": r(3, 5),
+}
+BATCH = (r(4, 4, 8, 7), torch.randint(0, 7, (4, 6)))
+
+
+def test_every_kernel_of_every_site_agrees_with_the_stacked_gradient():
+    """Catches: any kernel that is wrong but never the cheapest, and so never chosen by the other tests."""
+    trace = pegrad.BookKeeping().trace(Call.of(everything, PARAMS, BATCH, None).problem)
+    seen = []
+
+    def receive(tapped, x, g):
+        for site in tapped.sites:
+            shapes = tuple(x.shape), tuple(g.shape)
+            stacks = {name: kernel.run(x, g) for name, kernel in site.stacking(*shapes).items()}
+            leaf = (
+                trace.params.index(next(p for p in trace.params if p is site.source)) if site.source.is_leaf else None
+            )
+            first = next(iter(stacks.values()))
+            if leaf is not None:
+                torch.testing.assert_close(first, expected[leaf], rtol=1e-10, atol=1e-12)
+            for rows in stacks.values():
+                torch.testing.assert_close(rows, first, rtol=1e-10, atol=1e-12)
+            for kernel in site.norming(*shapes).values():
+                torch.testing.assert_close(kernel.run(x, g), first.flatten(1).square().sum(1), rtol=1e-10, atol=1e-12)
+            native = site.summing(*shapes)
+            if native:
+                torch.testing.assert_close(native.run(x, g), first.sum(0), rtol=1e-10, atol=1e-12)
+            seen.extend([site.operation, *stacks, *site.norming(*shapes)])
+
+    expected = oracle.per_example_grads(everything, dict(sorted(PARAMS.items())), BATCH)
+    trace.backward(torch.ones(4, dtype=torch.float64), receive)
+    assert {"conv2d", "conv_transpose2d", "group norm scale", "linear", "embedding", "gram_box", "segments"} <= set(
+        seen
+    )
+
+
+@pytest.mark.parametrize("block", [1, 40, 1000, 1 << 24])
+def test_blocked_and_unblocked_gram_kernels_agree(block, monkeypatch):
+    """Catches: a last block cut short, an off-diagonal block counted once, rows of a block that miss the kernel's reach."""
+    x, g = r(3, 23, 4), r(3, 23, 5)
+    exact = (g.mT @ x).flatten(1).square().sum(1)
+    torch.testing.assert_close(gram_norm(x, g, block), exact, rtol=1e-10, atol=0)
+    monkeypatch.setattr(norms, "BLOCK", block)
+    monkeypatch.setattr(gram, "BLOCK", block)
+    for stride, dilation, groups in [(1, 1, 1), (2, 1, 2), (1, 2, 2), (3, 2, 1)]:
+        geometry = Geometry((3, 2), (stride, 1), (1, 2), (dilation, 1), groups)
+        image = r(3, 4, 11, 9)
+        out = r(3, 6, *geometry.output_size((11, 9)))
+        exact = pegrad.KERNELS["loop"](image, out, geometry).flatten(1).square().sum(1)
+        for kernel in (norms.gram_box, norms.gram_unfolded):
+            torch.testing.assert_close(kernel(image, out, geometry), exact, rtol=1e-10, atol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, views of smaller ones apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.numbers = max(self.numbers, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+def test_gram_memory_is_bounded_whatever_the_number_of_positions(monkeypatch):
+    """Catches: a T x T matrix."""
+    block = 1 << 14
+    monkeypatch.setattr(norms, "BLOCK", block)
+    x, g = torch.randn(2, 1500, 3), torch.randn(2, 1500, 3)
+    with Largest() as largest:
+        gram_norm(x, g, block)
+    assert largest.numbers <= block
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    image, out = torch.randn(1, 2, 40, 40), torch.randn(1, 2, 40, 40)
+    with Largest() as largest:
+        norms.gram_box(image, out, geometry)
+    one_row = 3 * 42 * 42 * 42  # three input rows against the whole padded input
+    assert largest.numbers <= max(block, one_row) < 1600**2 / 5
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
+def test_stacked_gradients_are_never_held_where_they_would_be_large(strategy):
+    """Catches: B x parameters numbers in memory for a wide layer, a large vocabulary, or a wide convolution."""
+    params = {"table": torch.randn(5000, 8), "wide": torch.randn(400, 288), "conv": torch.randn(64, 32, 3, 3)}
+
+    def loss(params, example):
+        image, tokens = example
+        x = F.conv2d(image, params["conv"], padding=1).relu()
+        x = F.adaptive_avg_pool2d(x[:32], 3).flatten()
+        return F.linear(x, params["wide"]).sum() + F.embedding(tokens, params["table"]).square().sum()
+
+    batch = torch.randn(8, 32, 6, 6), torch.randint(0, 5000, (8, 9))
+    with Largest() as largest:
+        pegrad.clipped_grad(loss, clip_norm=1.0, strategy=strategy)(params, batch)
+    assert largest.numbers <= 5 * max(leaf.numel() for leaf in params.values())  # stacked: 8 times
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "vgg11", "resnet18", "wrn16_4", "vit"])
+def test_the_benchmark_models_run_without_a_warning_and_copy_only_small_parameters(name):
+    """Catches: an operation whose batching rule is missing (warnings are errors), a leaf that loses its rule."""
+    model = models.MODELS[name](image_size=32)
+    params = model.init(random.key(0))
+
+    def loss(params, example):
+        return F.cross_entropy(model.apply(params, example[0]), example[1])
+
+    batch = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    uses = pegrad.explain(loss, params, batch).uses
+    copied = [use for use in uses if use.norm == "copies"]
+    assert sum(use.numbers for use in copied) <= 0.01 * sum(p.numel() for p in pegrad.trees.leaves(params)) * 2
+    exact = pegrad.per_example_norm(loss, strategy="naive")(params, batch)
+    for strategy in ("ghost", "book_keeping", "auto"):
+        norms = pegrad.per_example_norm(loss, strategy=strategy)(params, batch)
+        torch.testing.assert_close(norms, exact, rtol=1e-3, atol=0)
+
+
+class TestARuleOfOnesOwn:
+    """Catches: a rule that is not asked, or whose answers are not used."""
+
+    @staticmethod
+    @pegrad.operation
+    def scaled(x, scale):
+        return x * scale.exp()
+
+    def test_without_a_rule_it_is_right(self):
+        loss = lambda p, x: self.scaled(x, p).sin().sum()  # noqa: E731
+        x, p = r(3, 4), r(4)
+        grads = pegrad.per_example_grad(loss, strategy="book_keeping")(p, x)
+        oracle.assert_close(grads, oracle.per_example_grads(loss, p, x))
+
+    def test_with_a_rule_it_is_asked(self):
+        asked = []
+
+        @dataclass(frozen=True, eq=False)
+        class Scale(pegrad.Site):
+            def stacking(self, x, g):
+                asked.append(self.operation)
+                return {"product": pegrad.Kernel("reduce", Work(0, moved=x[0]), lambda x, g: g * x * self.source.exp())}
+
+        def rule(trace, x, scale):
+            if not trace.is_parameter(scale) or not trace.is_batched(x):
+                return NotImplemented
+            return trace.record(lambda x, tap: tap(x * scale.detach().exp(), x, [Scale(scale, "scaled")]), x)
+
+        loss = lambda p, x: self.scaled(x, p).sin().sum()  # noqa: E731
+        x, p = r(3, 4), r(4)
+        strategy = pegrad.BookKeeping(rules={self.scaled: rule})
+        expected = oracle.per_example_grads(loss, p, x)
+        oracle.assert_close(pegrad.per_example_grad(loss, strategy=strategy)(p, x), expected)
+        out = pegrad.clipped_grad(loss, clip_norm=0.3, strategy=strategy)(p, x)
+        oracle.assert_close(out.grads, oracle.clipped_sum(expected, 0.3))
+        assert asked
+
+
+class TestExplain:
+    def test_it_says_what_each_use_is(self):
+        params = PARAMS | {"unused": r(2), "token": r(1, 5), "tied": r(5, 5)}
+
+        def loss(params, example):
+            value = everything(params, example)
+            rows = torch.cat([params["token"], example[0].reshape(-1, 5)[:3] @ params["tied"]])
+            return value + (rows @ params["tied"]).sum()
+
+        batch = (r(4, 4, 8, 10), BATCH[1])
+        explanation = pegrad.explain(loss, params, batch)
+        uses = {(use.leaves, use.operation): use for use in explanation.uses}
+        conv = uses["params['conv']", "conv2d"]
+        assert conv.x == (4, 4, 8, 10)
+        assert conv.why == ""
+        assert {c.norm for c in conv.candidates} >= {"gram_box", "gram_unfolded", *pegrad.KERNELS}
+        assert conv.norm == conv.candidates[0].norm
+        assert "shares a leaf" in uses["params['tied']", "linear"].why
+        assert "no rule for cat" in uses["params['token']", "cat"].why
+        assert explanation.unused == ("params['unused']",)
+        text = str(explanation)
+        for path in ("params['conv']", "params['unused']  not used", "conv_transpose2d", "no rule for cat"):
+            assert path in text
+        assert explanation._repr_html_().count("<tr>") == 1 + len(explanation.uses) + 1
+
+    def test_it_refuses_a_strategy_that_does_not_choose(self):
+        with pytest.raises(pegrad.ArgumentError, match="'vmap'"):
+            pegrad.explain(everything, PARAMS, BATCH, strategy="vmap")
+
+    @pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
+    def test_autotune_obeys_the_clock(self, strategy):
+        """Catches: measurements that are taken but not used."""
+        tuned = pegrad.autotune(everything, PARAMS, BATCH, strategy=strategy, repeats=1)
+        out = pegrad.clipped_grad(everything, clip_norm=0.1, strategy=tuned)(PARAMS, BATCH)
+        expected = oracle.per_example_grads(everything, PARAMS, BATCH)
+        oracle.assert_close(out.grads, oracle.clipped_sum(expected, 0.1))
+        for favourite in ("loop", "gram_unfolded", "unfold"):
+            rigged = {key: 1.0 if key.endswith(favourite) else 1e12 for key in tuned.timings}
+            uses = pegrad.explain(everything, PARAMS, BATCH, strategy=replace(tuned, timings=rigged)).uses
+            assert next(use for use in uses if use.operation == "conv2d").norm == favourite
+
+
+def test_a_loss_may_take_another_path_each_time():
+    """Catches: a plan kept from the first run."""
+    params = {"a": r(3, 3), "b": r(3, 3)}
+    function = pegrad.per_example_norm(lambda p, x: loss(p, x), strategy="book_keeping")
+    for path in ("a", "b", "both"):
+
+        def loss(p, x, path=path):
+            if path == "both":
+                return (x @ p["a"] @ p["b"]).square().sum()
+            return (x @ p[path] * p[path].norm()).sum()
+
+        x = r(4, 3)
+        oracle.assert_close(function(params, x), [oracle.norms(oracle.per_example_grads(loss, params, x))])
+
+
+def test_a_use_that_no_torch_function_shows_is_noticed_and_planned_again():
+    """Catches: a contribution dropped in silence, where a custom autograd function takes a parameter."""
+
+    class Square(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x, w):
+            return x * w * w
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, g):
+            x, w = ctx.saved_tensors
+            return g * w * w, 2 * g * x * w
+
+    def loss(params, x):
+        return (Square.apply(x, params["w"]) @ params["v"]).sin().sum()
+
+    params, x = {"w": r(3), "v": r(3, 2)}, r(4, 3)
+    expected = oracle.per_example_grads(loss, params, x)
+    for strategy in ("ghost", "book_keeping"):
+        out = pegrad.clipped_grad(loss, clip_norm=0.5, strategy=strategy)(params, x)
+        oracle.assert_close(out.grads, oracle.clipped_sum(expected, 0.5))
+        oracle.assert_close(out.norms, [oracle.norms(expected)])
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
+def test_mixed_precision_keeps_float32_sums(strategy):
+    """Catches: a sum of many examples rounded to the eight bits of a cast parameter."""
+
+    def loss(params, x):
+        return F.linear(x.bfloat16(), params["w"].to(torch.bfloat16)).float().sum()
+
+    params, x = {"w": torch.zeros(3, 4)}, torch.ones(300, 4)
+    out = pegrad.clipped_grad(loss, clip_norm=100.0, strategy=strategy)(params, x)
+    assert torch.equal(out.grads["w"], torch.full((3, 4), 300.0) + 0)
+    x[:1] = 1 + 2**-7
+    out = pegrad.clipped_grad(loss, clip_norm=100.0, strategy=strategy)(params, x)
+    assert torch.equal(out.grads["w"], torch.full((3, 4), 300 + 2**-7))
+
+
+def test_changing_an_operations_input_in_place_afterwards_is_an_error_as_in_pytorch():
+    """Catches: a gradient computed from values that are no longer those of the forward pass."""
+
+    def loss(params, x):
+        hidden = x * 2
+        y = hidden @ params
+        hidden.mul_(3)
+        return y.sum() + hidden.sum()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        pegrad.clipped_grad(loss, clip_norm=1.0, strategy="book_keeping")(r(3, 2), r(4, 3))
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
+def test_they_refuse_to_run_under_a_transform_and_auto_knows(strategy):
+    """Catches: gradients of norms that are silently zero."""
+
+    def total(params, strategy):
+        return pegrad.per_example_norm(lambda p, x: (p * x).sin().sum(), strategy=strategy)(params, r(3, 4)).sum()
+
+    with pytest.raises(pegrad.ArgumentError, match="'grouped_conv'"):
+        torch.func.grad(total)(r(4), strategy)
+    assert torch.func.grad(total)(r(4), "auto").shape == (4,)
