@@ -156,13 +156,13 @@ def autotune(
     return replace(chosen, timings=timings)
 
 
-_HEADER = ("leaf", "operation", "input", "output", "norm", "sum", "kept", "estimate", "why")
+_HEADER = ("leaf", "operation", "input", "output", "norm", "sum", "kept", "estimate", "why, or the other ways")
 
 
 def _cells(use: Use) -> tuple[str, ...]:
-    times = [c.time for c in use.candidates if c.norm == use.norm and c.keeps == (use.sum == "contract")]
     shapes = ("×".join(map(str, shape)) for shape in (use.x, use.g))
-    why = use.why or "; ".join(f"{c.name} {c.time / 1e6:.2g} ms" for c in use.candidates[1:4])
+    chosen = [c for c in use.candidates if c.norm == use.norm and c.keeps == (use.sum == "contract")]
+    others = "; ".join(f"{c.name} {c.time / 1e6:.2g} ms" for c in use.candidates if c not in chosen)
     return (
         use.leaves,
         use.operation,
@@ -170,8 +170,8 @@ def _cells(use: Use) -> tuple[str, ...]:
         use.norm,
         use.sum,
         f"{use.numbers / 1e6:.2g} M",
-        f"{times[0] / 1e6:.2g} ms" if times else "",
-        why if use.why else f"cheapest; next {why}" if why else "",
+        f"{chosen[0].time / 1e6:.2g} ms" if chosen else "",
+        use.why or others,
     )
 
 

@@ -102,7 +102,14 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=_count, default=32, metavar="B", help="examples (default: %(default)s)")
     parser.add_argument("--image-size", type=_count, metavar="N", help="height and width (default: the model's)")
     parser.add_argument("--repeats", type=_count, default=5, metavar="N", help="rounds (default: %(default)s)")
-    parser.add_argument("--strategies", nargs="+", choices=[*STRATEGIES], default=[*STRATEGIES], metavar="S")
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        choices=[*STRATEGIES],
+        default=[*STRATEGIES],
+        metavar="S",
+        help=f"some of {', '.join(STRATEGIES)} (default: all)",
+    )
     parser.add_argument(
         "--question",
         choices=[*QUESTIONS],

@@ -12,7 +12,7 @@ def timings(title: str, rows: Iterable[Row]) -> Table:
     host = machine()
     caption = f"{host['processor']}, {host['threads']} threads, torch {host['torch']}"
     table = Table(title=title, caption=caption)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("time, ms", justify="right")
     table.add_column("× non-private", justify="right")
     table.add_column("difference to vmap", justify="right")

@@ -34,7 +34,7 @@ from pegrad.training import (
 from pegrad.trees import PyTree
 
 _EVALUATIONS = 10
-_ROUNDS = 5
+_ROUNDS = 3
 _NOT_PRIVATE = (
     "Losses and norms, here and in training.png, are those of single training examples: no guarantee covers them. "
     "Nor does epsilon cover a choice of settings made by looking at results."
