@@ -1,6 +1,6 @@
 """Per-example gradients and differentially private SGD for pure PyTorch functions."""
 
-from pegrad import models, optim, random
+from pegrad import accounting, data, models, optim, random, sampling
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step, add_noise, dp_sgd
 from pegrad.errors import (
     ArgumentError,
@@ -59,9 +59,11 @@ __all__ = [
     "Step",
     "Strategy",
     "Vmap",
+    "accounting",
     "add_noise",
     "autotune",
     "clipped_grad",
+    "data",
     "dp_sgd",
     "explain",
     "gradient_gram",
@@ -75,4 +77,5 @@ __all__ = [
     "per_example_norm",
     "per_example_value_and_grad",
     "random",
+    "sampling",
 ]
