@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +73,11 @@ def measure(seconds: float) -> dict[str, list[tuple[Work, float]]]:
         native = site.summing(*shapes)
         for kernel in [*kernels, *([native] if native else [])]:
             if kernel.work.multiply_adds + 50 * kernel.work.moved < 3e10:
-                found[kernel.rates].append((kernel.work, best_time(lambda k=kernel: k.run(x, g), seconds)))
+                found[kernel.rates].append((kernel.work, best_time(partial(kernel.run, x, g), seconds)))
         rows = torch.randn(x.shape[0], *site.source.shape)
         moved = Work(0, moved=rows.numel())
-        found["reduce"].append((moved, best_time(lambda: squared_norms([rows]), seconds)))
-        found["contract"].append((moved, best_time(lambda: contract(torch.rand(x.shape[0]), rows, None), seconds)))
+        found["reduce"].append((moved, best_time(partial(squared_norms, [rows]), seconds)))
+        found["contract"].append((moved, best_time(partial(contract, torch.rand(x.shape[0]), rows, None), seconds)))
     return found
 
 

@@ -1,0 +1,202 @@
+"""The command line from end to end: what it prints, what it writes, and what it says when it cannot."""
+
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from pegrad.__main__ import main
+from pegrad.comparison import BASELINE
+from pegrad.rules.conv import KERNELS
+from pegrad.strategies import STRATEGIES
+
+TINY = ("--batch-size", "32", "--epochs", "0.06")  # three steps on the digits
+
+
+def train(folder: Path, *options: str) -> dict:
+    assert main(["train", *TINY, *options, "--out", str(folder)]) == 0
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def refused(capsys: pytest.CaptureFixture, *options: str) -> str:
+    """Expect a usage error, and return what it says."""
+    with pytest.raises(SystemExit) as exit:
+        main([*options])
+    assert exit.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def failed(capsys: pytest.CaptureFixture, *options: str) -> str:
+    """Expect a failure, and return the one line that says why."""
+    assert main([*options]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("pegrad: ")
+    return lines[0]
+
+
+def test_private_training_writes_metrics_and_a_picture(tmp_path, capsys):
+    """Catches: a file that is not written, epsilon that stays, timings or settings that are left out."""
+    larger = ("--batch-size", "128", "--epochs", "0.25")
+    report = train(tmp_path / "new" / "folder", "--seed", "3", "--epsilon", "6", *larger)
+    out = capsys.readouterr().out
+    assert "seed 3" in out
+    assert "δ = 0.0001" in out
+    assert all(name in out for name in (BASELINE, *STRATEGIES))
+    assert report["settings"] == {"batch_size": 128, "epochs": 0.25, "lr": 0.005, "steps": 3}
+    assert report["privacy"]["epsilon"] == 6
+    assert report["privacy"]["noise_multiplier"] > 0
+    assert report["seed"] == 3
+    assert "no guarantee" in report["not_private"]
+    assert [point["step"] for point in report["history"]] == [1, 2, 3]
+    spent = [point["epsilon"] for point in report["history"]]
+    assert spent == sorted(set(spent))
+    assert 5.9 < spent[-1] <= 6
+    assert all(0 <= point["test_accuracy"] <= 1 and point["train_loss"] > 0 for point in report["history"])
+    assert [row["name"] for row in report["timings"]] == [BASELINE, *STRATEGIES]
+    picture = matplotlib.image.imread(tmp_path / "new" / "folder" / "training.png")
+    assert picture.shape[0] > 400
+    assert picture.std() > 0.05
+
+
+def test_plain_training_has_no_epsilon(tmp_path, capsys):
+    report = train(tmp_path, "--no-dp", "--seed", "0")
+    assert report["privacy"] is None
+    assert "ε" not in capsys.readouterr().out
+    assert {point["epsilon"] for point in report["history"]} == {None}
+    assert "median_norm" not in report["history"][0]
+    assert (tmp_path / "training.png").stat().st_size > 0
+
+
+def test_a_seed_repeats_the_run(tmp_path):
+    """Catches: randomness beside the key, and a key that does not depend on the seed."""
+    options = ("--noise-multiplier", "0.4", "--strategy", "vmap", "--microbatch-size", "7")
+    first, again, other = (
+        train(tmp_path / name, *options, "--seed", seed) for name, seed in (("a", "5"), ("b", "5"), ("c", "6"))
+    )
+    assert first["history"] == again["history"]
+    assert first["history"] != other["history"]
+
+
+def test_without_a_seed_no_two_runs_are_alike(tmp_path, capsys):
+    """Catches: a default seed, with which anybody could take the noise away."""
+    first, second = (train(tmp_path / name, "--noise-multiplier", "0") for name in "ab")
+    assert "operating system's entropy" in capsys.readouterr().out
+    assert first["seed"] is None
+    assert first["history"] != second["history"]
+
+
+def test_no_noise_is_null_in_json(tmp_path):
+    """Catches: Infinity, which is no JSON."""
+    assert train(tmp_path, "--noise-multiplier", "0")["history"][-1]["epsilon"] is None
+
+
+def test_without_out_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *TINY, "--no-dp"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epsilon", "1", "--noise-multiplier", "1"], "not allowed with argument"),
+        (["--no-dp", "--clip-norm", "1"], "--clip-norm: not allowed with --no-dp"),
+        (["--no-dp", "--noise-multiplier", "0"], "--noise-multiplier: not allowed with --no-dp"),
+        (["--data-dir", "."], "--data-dir: not allowed with --data digits"),
+        (["--data", "mnist"], "needs --data-dir, or PEGRAD_DATA"),
+        (["--data", "cifar"], "invalid choice: 'cifar'"),
+        (["--strategy", "magic"], "invalid choice: 'magic'"),
+        (["--batch-size", "0"], "expected a whole number >= 1, got '0'"),
+        (["--epochs", "nan"], "expected a number > 0, got 'nan'"),
+        (["--noise-multiplier", "-1"], "expected a number >= 0, got '-1'"),
+        (["--delta", "1"], "expected a number between 0 and 1, got '1'"),
+        (["--seed", "-1"], "expected a whole number >= 0, got '-1'"),
+        (["--device", "abacus"], "expected cpu, or cuda where there is such a device, got 'abacus'"),
+    ],
+)
+def test_train_refuses_options_that_make_no_sense(options, message, capsys, monkeypatch):
+    monkeypatch.delenv("PEGRAD_DATA", raising=False)
+    assert message in refused(capsys, "train", *options)
+
+
+@pytest.mark.parametrize("options", [["compare", "--model", "gpt"], ["compare", "--question", "why"], ["dance"], []])
+def test_unknown_commands_and_choices_are_refused(options, capsys):
+    assert "error" in refused(capsys, *options)
+
+
+def test_a_missing_folder_is_one_line_and_status_1(tmp_path, capsys, monkeypatch):
+    """Catches: a traceback; PEGRAD_DATA that wins over --data-dir."""
+    monkeypatch.setenv("PEGRAD_DATA", str(tmp_path))
+    assert str(tmp_path / "mnist") in failed(capsys, "train", "--data", "mnist")
+    assert str(tmp_path / "here") in failed(capsys, "train", "--data", "mnist", "--data-dir", str(tmp_path / "here"))
+
+
+def test_library_errors_are_one_line_and_status_1(tmp_path, capsys):
+    assert "batch_size=2000" in failed(capsys, "train", "--batch-size", "2000")
+    assert "image_size" in failed(capsys, "compare", "--image-size", "3")
+    (tmp_path / "file").touch()
+    assert "file" in failed(capsys, "train", "--out", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("package", ["rich", "tqdm", "matplotlib", "sklearn"])
+def test_a_missing_package_names_its_extra(package, capsys, monkeypatch):
+    """Catches: packages of the extra that are imported with the library, and a bare ModuleNotFoundError."""
+    for name in [name for name in sys.modules if name.startswith(("pegrad.cli.", "pegrad.plots"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert 'pip install "pegrad[train]"' in failed(capsys, "train", *TINY)
+
+
+def test_a_bug_in_pegrad_is_not_taken_for_a_missing_package(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pegrad.cli.compare", raising=False)
+    monkeypatch.setitem(sys.modules, "pegrad.cli.tables", None)
+    with pytest.raises(ModuleNotFoundError, match="pegrad"):
+        main(["compare"])
+
+
+def test_compare_prints_strategies_and_kernels(capsys):
+    """Catches: a strategy or a kernel without a line."""
+    options = ("--model", "toy_cnn", "--image-size", "8", "--batch-size", "3", "--repeats", "1")
+    assert main(["compare", *options, "--kernels"]) == 0
+    out = capsys.readouterr().out
+    assert "toy_cnn, 3×3×8×8: clipped" in out
+    assert all(f"│ {name} " in out for name in (BASELINE, *STRATEGIES, *(f"grouped_conv, {k}" for k in KERNELS)))
+
+
+def test_compare_can_be_narrowed(capsys):
+    options = ("--model", "mnist_cnn", "--image-size", "8", "--batch-size", "2", "--repeats", "1")
+    assert main(["compare", *options, "--strategies", "naive", "vmap", "--question", "norms"]) == 0
+    out = capsys.readouterr().out
+    assert "norms" in out
+    assert "grouped_conv" not in out
+
+
+def test_mnist_shaped_files_train(tmp_path):
+    """A data set in MNIST's format, made here: two batches of noise."""
+    rng = np.random.default_rng(0)
+    for part, size in (("train", 8), ("t10k", 4)):
+        images, labels = rng.integers(0, 256, (size, 28, 28)), rng.integers(0, 10, size)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            content = gzip.compress(header + array.astype(np.uint8).tobytes())
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(content)
+    options = ("--data", "mnist", "--data-dir", str(tmp_path), "--batch-size", "4", "--epochs", "1")
+    report = train(tmp_path / "out", *options)
+    assert report["settings"] == {"batch_size": 4, "epochs": 1, "lr": 0.001, "steps": 2}
+    assert report["privacy"]["noise_multiplier"] == 1.1
+
+
+@pytest.mark.skipif("PEGRAD_DATA" not in os.environ, reason="needs MNIST's files in $PEGRAD_DATA/mnist")
+def test_real_mnist_takes_a_few_steps(tmp_path):
+    """Catches: real files that do not load, and a learning rate or noise that lets nothing be learnt."""
+    report = train(tmp_path, "--data", "mnist", "--epochs", "0.01", "--batch-size", "64", "--seed", "0")
+    assert report["settings"]["steps"] == 10
+    assert report["history"][-1]["test_accuracy"] > 0.2

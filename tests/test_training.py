@@ -1,0 +1,190 @@
+"""Plans, steps with privacy and without, and what an evaluation says."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pegrad import accounting, random
+from pegrad.data import Dataset
+from pegrad.dp_sgd import DPSGD
+from pegrad.errors import ArgumentError
+from pegrad.models import Model
+from pegrad.sampling import PoissonSampler, ShuffledSampler
+from pegrad.training import (
+    PRESETS,
+    PlainSGD,
+    Privacy,
+    Settings,
+    accuracy,
+    cross_entropy,
+    evaluate,
+    make_plan,
+    mean_grad,
+    steps,
+)
+
+SETTINGS = Settings(batch_size=8, epochs=1.0, lr=1e-2)
+PRIVACY = Privacy(delta=1e-3, noise_multiplier=1.0, clip_norm=0.5)
+
+
+def dataset() -> Dataset:
+    """30 images of 8×8 whose class is where the bright row lies."""
+    labels = torch.arange(40) % 3
+    images = 0.1 * random.normal(random.key(5), (40, 1, 8, 8))
+    images[torch.arange(40), 0, 2 * labels + 1] += 1
+    return Dataset(images[:30], labels[:30], images[30:], labels[30:], "rows", 3)
+
+
+DATA = dataset()
+
+
+def test_a_private_plan_is_dp_sgd_on_poisson_batches():
+    """Catches: a sum divided by the wrong constant, shuffled batches, settings that do not reach the step."""
+    plan = make_plan(SETTINGS, PRIVACY, DATA)
+    assert isinstance(plan.step, DPSGD)
+    assert isinstance(plan.sampler, PoissonSampler)
+    assert plan.sampler.num_examples == 30
+    assert plan.sampler.expected_batch_size == pytest.approx(8)
+    assert plan.step.clipped_grad.sensitivity == pytest.approx(0.5 / 8)
+    assert (plan.noise_multiplier, plan.steps) == (1.0, 4)
+
+
+def test_a_budget_sets_the_noise_and_is_spent_by_the_last_step_only():
+    """Catches: noise calibrated to another number of steps, delta or rate; epsilon of the whole run all along."""
+    plan = make_plan(SETTINGS, Privacy(delta=1e-3, epsilon=4.0), DATA)
+    spent = [plan.epsilon(count) for count in (1, 2, plan.steps)]
+    assert spent == sorted(set(spent))
+    assert 3.99 < spent[-1] <= 4.0
+    event = accounting.dp_event(plan.noise_multiplier, PoissonSampler(30, 8 / 30), plan.steps)
+    assert spent[-1] == accounting.epsilon(event, 1e-3)
+
+
+def test_a_plain_plan_shuffles_and_has_no_epsilon():
+    plan = make_plan(SETTINGS, None, DATA)
+    assert isinstance(plan.step, PlainSGD)
+    assert plan.sampler == ShuffledSampler(30, 8)
+    assert (plan.steps, plan.noise_multiplier, plan.epsilon(4)) == (4, None, None)
+
+
+@pytest.mark.parametrize(("epochs", "count"), [(1.0, 4), (0.01, 1), (2.0, 8), (2.6, 10)])
+def test_epochs_are_rounded_up_to_steps(epochs, count):
+    assert make_plan(Settings(8, epochs, 1e-3), None, DATA).steps == count
+
+
+def test_every_step_is_the_plans_step_on_the_samplers_rows():
+    """Catches: padding rows that count as examples, a key used twice, state or parameters that are not passed on."""
+    plan, key = make_plan(SETTINGS, PRIVACY, DATA), random.key(7)
+    init_key, sampler_key, state_key = random.split(key, 3)
+    params = plan.model.init(init_key)
+    state = plan.step.init(params, state_key)
+    for index, taken in enumerate(steps(plan, DATA, key)):
+        draw = plan.sampler(sampler_key, index)
+        rows = draw.indices[draw.mask]
+        params, state, metrics = plan.step(params, state, (DATA.train_images[rows], DATA.train_labels[rows]))
+        assert taken.state.step == index + 1
+        assert len(taken.metrics.norms) == draw.mask.sum()
+        torch.testing.assert_close(taken.params, params, rtol=0, atol=0)
+        torch.testing.assert_close(taken.metrics.losses, metrics.losses, rtol=0, atol=0)
+    assert index + 1 == plan.steps
+
+
+@pytest.mark.parametrize("privacy", [PRIVACY, None])
+def test_one_key_one_run(privacy):
+    """Catches: randomness that does not come from the key."""
+    plan = make_plan(SETTINGS, privacy, DATA)
+
+    def last(seed):
+        *_, taken = steps(plan, DATA, random.key(seed))
+        return taken.params["linear2"]["weight"]
+
+    assert torch.equal(last(1), last(1))
+    assert not torch.equal(last(1), last(2))
+
+
+def test_a_plain_step_is_autograd_and_torch_adam():
+    """Catches: a sum in place of the mean, an optimizer state that is not carried on."""
+    plan = make_plan(SETTINGS, None, DATA)
+    params = plan.model.init(random.key(0))
+    flat = [leaf.clone().requires_grad_() for layer in params.values() for leaf in layer.values()]
+    theirs = {name: dict(zip(layer, [flat.pop(0) for _ in layer], strict=True)) for name, layer in params.items()}
+    adam = torch.optim.Adam([leaf for layer in theirs.values() for leaf in layer.values()], lr=SETTINGS.lr)
+    state = plan.step.init(params, random.key(1))
+    batch = DATA.train_images[:8], DATA.train_labels[:8]
+    for _ in range(3):
+        logits = torch.stack([plan.model.apply(theirs, image) for image in batch[0]])
+        adam.zero_grad()
+        F.cross_entropy(logits, batch[1]).backward()
+        adam.step()
+        params, state, metrics = plan.step(params, state, batch)
+    torch.testing.assert_close(params, theirs, rtol=1e-4, atol=1e-6)
+    assert metrics.losses.shape == (8,)
+    assert metrics.norms.shape == (0,)
+
+
+def test_mean_grad_gives_each_examples_loss():
+    grads, losses = mean_grad(lambda w, x: (w * x).square())(torch.tensor(2.0), torch.tensor([1.0, 3.0]))
+    assert grads == 20.0
+    torch.testing.assert_close(losses, torch.tensor([4.0, 36.0]))
+
+
+@pytest.mark.parametrize("privacy", [Privacy(delta=1e-3, noise_multiplier=0.0), None])
+def test_training_learns(privacy):
+    """Catches: updates of the wrong sign, labels that do not belong to their images."""
+    plan = make_plan(Settings(batch_size=10, epochs=15, lr=1e-2), privacy, DATA)
+    *_, last = steps(plan, DATA, random.key(0))
+    evaluation = evaluate(plan, DATA, last)
+    assert evaluation.step == 45
+    assert evaluation.epsilon == (None if privacy is None else math.inf)
+    assert evaluation.test_accuracy == 1.0
+
+
+def test_accuracy_counts_every_image_once():
+    """Catches: a mean over parts of different sizes, or the last part left out (there are 2,500 images)."""
+    model = Model(lambda key: {}, lambda params, image: torch.cat([image, -image]))
+    images = torch.ones(2500, 1)
+    images[2001:] = -1
+    assert accuracy(model, {}, images, torch.zeros(2500, dtype=torch.int64)) == 2001 / 2500
+
+
+def test_cross_entropy_is_of_one_example():
+    model = Model(lambda key: {}, lambda params, image: image)
+    loss = cross_entropy(model)({}, (torch.tensor([0.0, math.log(3)]), torch.tensor(1)))
+    torch.testing.assert_close(loss, torch.tensor(math.log(4 / 3)))
+
+
+@pytest.mark.parametrize(("settings", "privacy"), PRESETS.values(), ids=PRESETS)
+def test_the_presets_make_plans(settings, privacy):
+    plan = make_plan(settings, privacy, DATA._replace(train_labels=torch.zeros(1000, dtype=torch.int64)))
+    assert plan.noise_multiplier > 0
+
+
+@pytest.mark.parametrize(("batch_size", "epochs"), [(31, 1), (0, 1), (8, 0), (8, math.nan)])
+def test_settings_out_of_bounds_are_named(batch_size, epochs):
+    with pytest.raises(ArgumentError, match=r"batch_size=(31|0)|epochs=(0|nan)"):
+        make_plan(Settings(batch_size, epochs, 0.1), None, DATA)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"noise_multiplier": 1.0, "epsilon": 1.0}])
+def test_noise_is_stated_once(numbers):
+    with pytest.raises(ArgumentError, match="one of noise_multiplier and epsilon"):
+        Privacy(delta=1e-5, **numbers)
+
+
+def test_a_shuffled_plan_cannot_be_called_private():
+    """Catches: an epsilon for batches that are not Poisson samples."""
+    plan = make_plan(SETTINGS, PRIVACY, DATA)
+    shuffled = replace(plan, sampler=ShuffledSampler(30, 8))
+    with pytest.raises(ArgumentError, match="Poisson"):
+        shuffled.epsilon(1)
+
+
+def test_the_learning_rate_reaches_the_optimizer():
+    """Catches: a setting that is ignored: Adam's first update is the learning rate itself."""
+    step = make_plan(Settings(8, 1, 0.25), None, DATA).step
+    grads = {"w": torch.ones(3)}
+    assert isinstance(step, PlainSGD)
+    updates, _ = step.optimizer.update(grads, step.optimizer.init(grads), grads)
+    torch.testing.assert_close(updates["w"], torch.full((3,), -0.25))
