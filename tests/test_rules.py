@@ -257,34 +257,41 @@ def test_a_loss_may_take_another_path_each_time():
         oracle.assert_close(function(params, x), [oracle.norms(oracle.per_example_grads(loss, params, x))])
 
 
-def test_a_use_that_no_torch_function_shows_is_noticed_and_planned_again():
-    """Catches: a contribution dropped in silence, where a custom autograd function takes a parameter."""
+class Square(torch.autograd.Function):
+    generate_vmap_rule = True
 
-    class Square(torch.autograd.Function):
-        generate_vmap_rule = True
+    @staticmethod
+    def forward(x, w):
+        return x * w * w
 
-        @staticmethod
-        def forward(x, w):
-            return x * w * w
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs)
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g * w * w, 2 * g * x * w
 
-        @staticmethod
-        def backward(ctx, g):
-            x, w = ctx.saved_tensors
-            return g * w * w, 2 * g * x * w
 
-    def loss(params, x):
-        return (Square.apply(x, params["w"]) @ params["v"]).sin().sum()
-
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, x: (Square.apply(x, p["w"]) @ p["v"]).sin().sum(),
+        lambda p, x: (torch.ops.aten.mul(x, p["w"]) @ p["v"]).sin().sum(),
+        lambda p, x: p["w"].square().sum() * p["v"].sum(),
+        lambda p, x: F.dropout(p["w"], 0.0).sum() + (x @ p["v"]).sin().sum(),
+    ],
+    ids=["custom autograd function", "operator without a torch function", "no example", "dropout of a parameter"],
+)
+def test_a_use_out_of_the_traces_sight_is_noticed_and_planned_again(loss, strategy):
+    """Catches: a contribution dropped in silence where a parameter reaches the loss past all rules."""
     params, x = {"w": r(3), "v": r(3, 2)}, r(4, 3)
     expected = oracle.per_example_grads(loss, params, x)
-    for strategy in ("ghost", "book_keeping"):
-        out = pegrad.clipped_grad(loss, clip_norm=0.5, strategy=strategy)(params, x)
-        oracle.assert_close(out.grads, oracle.clipped_sum(expected, 0.5))
-        oracle.assert_close(out.norms, [oracle.norms(expected)])
+    out = pegrad.clipped_grad(loss, clip_norm=0.5, strategy=strategy)(params, x)
+    oracle.assert_close(out.grads, oracle.clipped_sum(expected, 0.5))
+    oracle.assert_close(out.norms, [oracle.norms(expected)])
 
 
 @pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])

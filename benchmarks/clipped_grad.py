@@ -1,0 +1,147 @@
+"""What clipping costs: every way to a batch's clipped gradient, and the whole private step, against no privacy.
+
+    python benchmarks/clipped_grad.py [--scale smoke|cpu|full] [--only WORKLOAD ...] [--out DIR]
+
+prints two tables, and writes what was measured as JSON and as a picture. See `benchmarks/README.md`.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import plotting
+import runner
+from contest import CLIP_NORM, contest
+from contestants import BASELINE, CONTESTANTS, REFERENCE
+from runner import Effort, Point, Results
+from whole_step import OPTIMIZERS, whole_step
+from workloads import SCALES, Workload
+
+EFFORTS = {
+    "smoke": Effort(rounds=2, step_rounds=2, budget=1, limit=60),
+    "cpu": Effort(rounds=5, step_rounds=3, budget=5, limit=300),
+    "full": Effort(rounds=15, step_rounds=15, budget=60, limit=300),
+}
+TITLE = "Clipped gradient over non-private gradient"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing, then show all of it."""
+    options = _options(argv)
+    workloads = {name: SCALES[options.scale][name] for name in options.only}
+    contestants = [name for name in CONTESTANTS if name in {BASELINE, *options.contestants}]
+    gradients = {(row, name): f"gradient/{row}/{name}" for row in workloads for name in contestants}
+    steps = {(row, name): f"step/{row}/{name}" for row in workloads for name in options.optimizers}
+
+    stem = options.out / f"clipped_grad_{options.scale}_{options.device}"
+    settings = {"clip_norm": CLIP_NORM, **options.effort._asdict()}
+    results = Results(stem.with_suffix(".json"), settings, options.device, fresh=options.fresh)
+    how = {"effort": options.effort, "device": options.device}
+    with TemporaryDirectory() as folder:
+        runner.run(
+            {
+                key: partial(contest, name, row, workloads[row], **how, references=Path(folder, row))
+                for (row, name), key in gradients.items()
+            }
+            | {key: partial(whole_step, name, workloads[row], **how) for (row, name), key in steps.items()},
+            results,
+        )
+
+    console = Console(width=max(Console().width, 110))
+    measured = {row: {name: results[gradients[row, name]] for name in contestants} for row in workloads}
+    for row, points in measured.items():
+        console.print(_gradient_table(_caption(row, workloads[row]), points))
+    for (row, name), key in steps.items():
+        console.print(_step_table(f"Whole step by {name}: {_caption(row, workloads[row])}", results[key]))
+    _picture(measured, workloads, results).savefig(stem.with_suffix(".png"))
+    console.print(f"{stem}.json, {stem}.png", soft_wrap=True)
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = runner.parser("What clipping costs, against the non-private gradient and step.", EFFORTS)
+    parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="these workloads; all of the scale's")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], help="these; all")
+    parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=[*OPTIMIZERS], help="these; all")
+    options = runner.parse(parser, argv)
+    known = [*SCALES[options.scale]]
+    options.only = options.only or known
+    if unknown := set(options.only) - set(known):
+        parser.error(f"no workload {', '.join(sorted(unknown))} at scale {options.scale}: there are {', '.join(known)}")
+    return options
+
+
+def _gradient_table(title: str, points: Mapping[str, Point]) -> Table:
+    table = _table(title, "clipped gradient", "seconds", "× non-private", "rounds", "peak MB", "× memory", "difference")
+    for name, point in points.items():
+        if "failure" in point:
+            table.add_row(name, *[""] * 5, point["failure"], style="dim")
+            continue
+        difference = point["difference"]
+        table.add_row(
+            name,
+            f"{runner.spread(point['seconds'])['median']:.3f}",
+            _with_quartiles(point["ratio"]),
+            str(len(point["seconds"])),
+            _megabytes(point["peak_bytes"]),
+            f"{point['peak_bytes'] / point['baseline_peak_bytes']:.2f}" if point["peak_bytes"] else "",
+            "reference" if name == REFERENCE else "" if difference is None else f"{difference:.1e}",
+        )
+    return table
+
+
+def _step_table(title: str, point: Point) -> Table:
+    table = _table(title, "part", "seconds", "× non-private step", "peak MB")
+    if "failure" in point:
+        table.add_row("(all)", point["failure"])
+    for name, part in point.get("parts", {}).items():
+        table.add_row(name, f"{part['seconds']:.4f}", _with_quartiles(part["ratio"]), _megabytes(part["peak_bytes"]))
+    return table
+
+
+def _table(title: str, first: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _with_quartiles(ratio: Point) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"
+
+
+def _picture(
+    measured: Mapping[str, Mapping[str, Point]], workloads: Mapping[str, Workload], results: Results
+) -> Figure:
+    times: plotting.Ratios = {}
+    memories: plotting.Ratios = {}
+    for row, points in measured.items():
+        ran = {name: point for name, point in points.items() if name != BASELINE and "failure" not in point}
+        caption = _caption(row, workloads[row])
+        times[caption] = {n: (p["ratio"]["median"], p["ratio"]["low"], p["ratio"]["high"]) for n, p in ran.items()}
+        memories[caption] = {
+            n: (p["peak_bytes"] / p["baseline_peak_bytes"],) * 3 for n, p in ran.items() if p["peak_bytes"]
+        }
+    machine = results.header["machine"]
+    on_cpu = results.header["device"] == "cpu"
+    where = f"{machine['processor']}, threads: {machine['threads']}" if on_cpu else machine["accelerator"]
+    note = f"{where}; PyTorch {machine['torch']}. Dots: medians over the rounds; bars: quartiles."
+    return plotting.ratio_dots({"time": times, "peak memory": memories}, TITLE, note)
+
+
+def _caption(row: str, workload: Workload) -> str:
+    return f"{row}, B={workload.batch_size}, {workload.image_size}²"
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.0f}"
+
+
+if __name__ == "__main__":
+    main()

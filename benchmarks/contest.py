@@ -1,0 +1,94 @@
+"""One contestant against the non-private gradient, in turns: is it right, how long does it take, what memory."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from contestants import BASELINE, CONTESTANTS, REFERENCE
+from isolation import FailedError, in_own_process, peak
+from pegrad.comparison import relative_difference
+from pegrad.trees import PyTree
+from runner import Effort, Point, spread, timed
+from workloads import Task, Workload
+
+CLIP_NORM = 1.0
+FEW = 2  # examples of the check in float64, and of the first call, which loads and compiles what is needed
+
+
+def contest(name: str, row: str, workload: Workload, effort: Effort, device: str, references: Path) -> Point:
+    """Measure a contestant in a process of its own.
+
+    Args:
+        name: a key of `CONTESTANTS`.
+        row: the workload's name.
+        workload: what is computed.
+        effort: how many rounds, and how long.
+        device: where.
+        references: a folder for this workload alone, where our answers to it are kept.
+
+    Returns:
+        `failure`, a short phrase; or
+
+        - `difference`: how far its clipped sum is from ours for a few examples in float64, and `difference_as_timed`,
+          for the whole batch in float32; None for what does not clip;
+        - `seconds` and `baseline_seconds`, round by round, and `ratio`, the spread of their quotients;
+        - `peak_bytes` and `baseline_peak_bytes`, None where the system cannot tell;
+        - `warnings`.
+    """
+    cpu_rows = CONTESTANTS[name].cpu_rows
+    if device == "cpu" and cpu_rows is not None and row not in cpu_rows:
+        return {"failure": f"takes minutes on a CPU; run on {', '.join(cpu_rows)}"}
+    arguments = name, workload, effort, device, references
+    try:
+        return in_own_process(_contest, *arguments, limit=effort.limit, device=device)
+    except FailedError as error:
+        return {"failure": str(error)}
+
+
+def _contest(name: str, workload: Workload, effort: Effort, device: str, references: Path) -> Point:
+    task = workload.task(device)
+    make, family = CONTESTANTS[name].make, CONTESTANTS[name].family
+    clips = family != "floor"
+    difference = _difference_in_float64(name, task, references / "float64.pt") if clips else None
+
+    baseline = CONTESTANTS[BASELINE].make
+    for first in (baseline, make):
+        first(task.first(FEW), CLIP_NORM)()
+    theirs, ours = baseline(task, CLIP_NORM), make(task, CLIP_NORM)
+    base, base_peak = peak(lambda: timed(theirs, device)[1], device)
+    (answer, own), own_peak = peak(partial(timed, ours, device), device)
+    rounds = [(base, own)]
+    as_timed = relative_difference(answer, _reference(task, references / "float32.pt")) if clips else None
+    del answer
+    while len(rounds) < effort.rounds and (family == "ours" or _another_fits(rounds, effort.budget)):
+        rounds.append((timed(theirs, device)[1], timed(ours, device)[1]))
+
+    return {
+        "difference": difference,
+        "difference_as_timed": as_timed,
+        "seconds": [own for _, own in rounds],
+        "baseline_seconds": [base for base, _ in rounds],
+        "ratio": spread(own / base for base, own in rounds),
+        "peak_bytes": own_peak if device == "cpu" or CONTESTANTS[name].torch_memory else None,
+        "baseline_peak_bytes": base_peak,
+    }
+
+
+def _difference_in_float64(name: str, task: Task, reference: Path) -> float:
+    few = task.first(FEW).to(torch.float64)
+    return relative_difference(CONTESTANTS[name].make(few, CLIP_NORM)(), _reference(few, reference))
+
+
+def _reference(task: Task, path: Path) -> PyTree:
+    """Our own answer: computed once, then read."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        torch.save(CONTESTANTS[REFERENCE].make(task, CLIP_NORM)(), unfinished)
+        unfinished.replace(path)
+    return torch.load(path)
+
+
+def _another_fits(rounds: list[tuple[float, float]], budget: float) -> bool:
+    return sum(map(sum, rounds)) + sum(rounds[-1]) <= budget

@@ -1,0 +1,102 @@
+"""Peers that work on modules: Opacus by its hooks and by its ghost clipping, BackPACK by its batch norms.
+
+Each function takes a task and a clip norm and returns a function without arguments, whose value is the clipped sum as
+a pytree like the task's parameters. None of them is needed for anything else: what is not installed raises
+`ModuleNotFoundError`, which the table shows.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import native
+from pegrad.trees import PyTree
+from workloads import Task
+
+
+def opacus_hooks(task: Task, clip_norm: float) -> Callable[[], PyTree]:
+    """Opacus's default: hooks stack the gradients layer by layer, its optimizer clips and sums them."""
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    images, labels = task.batch
+    module = GradSampleModule(task.module(), loss_reduction="sum")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(module.parameters(), lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=clip_norm,
+        expected_batch_size=None,
+        loss_reduction="sum",
+    )
+
+    def clipped_sum() -> PyTree:
+        F.cross_entropy(module(images), labels, reduction="sum").backward()
+        optimizer.clip_and_accumulate()
+        sums = [parameter.summed_grad for parameter in module.parameters()]
+        optimizer.zero_grad(set_to_none=True)
+        return native.restored(task.params, iter(sums))
+
+    return clipped_sum
+
+
+def opacus_ghost(task: Task, clip_norm: float) -> Callable[[], PyTree]:
+    """Opacus's ghost clipping: norms in a first backward pass, the sum in a second."""
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    images, labels = task.batch
+    module = GradSampleModuleFastGradientClipping(task.module(), max_grad_norm=clip_norm, loss_reduction="sum")
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(module.parameters(), lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=clip_norm,
+        expected_batch_size=None,
+        loss_reduction="sum",
+    )
+    loss = DPLossFastGradientClipping(module, optimizer, nn.CrossEntropyLoss(reduction="sum"), "sum")
+
+    def clipped_sum() -> PyTree:
+        loss(module(images), labels).backward()
+        sums = [parameter.grad for parameter in module.parameters()]
+        optimizer.zero_grad(set_to_none=True)
+        return native.restored(task.params, iter(sums))
+
+    return clipped_sum
+
+
+def backpack(task: Task, clip_norm: float) -> Callable[[], PyTree]:
+    """BackPACK's `BatchL2Grad` for the norms, then a second backward pass of the weighted losses."""
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad
+
+    images, labels = task.batch
+    module = extend(task.module())
+    loss = extend(nn.CrossEntropyLoss(reduction="sum"))
+    parameters = list(module.parameters())
+
+    def clipped_sum() -> PyTree:
+        logits = module(images)
+        with backpack(BatchL2Grad()):
+            loss(logits, labels).backward(retain_graph=True)
+        _check_supported(module)
+        norms = torch.stack([parameter.batch_l2 for parameter in parameters]).sum(0).sqrt()
+        weights = (clip_norm / norms).clamp(max=1)
+        for parameter in parameters:
+            del parameter.grad, parameter.batch_l2
+        sums = torch.autograd.grad((weights * F.cross_entropy(logits, labels, reduction="none")).sum(), parameters)
+        return native.restored(task.params, iter(sums))
+
+    return clipped_sum
+
+
+def _check_supported(module: nn.Module) -> None:
+    """Raise an error if BackPACK has passed over a parameter."""
+    layers = [layer for layer in module.modules() if any(True for _ in layer.parameters(recurse=False))]
+    missing = {
+        type(layer).__name__ for layer in layers if not hasattr(next(layer.parameters(recurse=False)), "batch_l2")
+    }
+    if missing:
+        raise NotImplementedError(f"no batch norms for {', '.join(sorted(missing))}")

@@ -1,0 +1,107 @@
+"""The whole step, with noise and update, against an ordinary one; and what noise and update take of it."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pegrad
+from contest import CLIP_NORM
+from isolation import FailedError, in_own_process, peak
+from pegrad.comparison import interleaved
+from pegrad.trees import PyTree
+from runner import Effort, Point, spread
+from workloads import Task, Workload
+
+NOISE_MULTIPLIER = 1.1
+LEARNING_RATE = 1e-3
+OPTIMIZERS: dict[str, tuple[Any, Any]] = {
+    "sgd": (torch.optim.SGD, pegrad.optim.sgd),
+    "adam": (torch.optim.Adam, pegrad.optim.adam),
+}
+BASELINE = "non-private step"
+
+
+def whole_step(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
+    """Measure a step and its parts, all in turns, in a process of its own.
+
+    Args:
+        optimizer: a key of `OPTIMIZERS`.
+        workload: what is computed.
+        effort: how many rounds, and how long.
+        device: where.
+
+    Returns:
+        `failure`, a short phrase; or `parts`: by name, `seconds`, their `ratio` to the non-private step's, round by
+        round, and `peak_bytes`; and `warnings`.
+    """
+    try:
+        return in_own_process(_whole_step, optimizer, workload, effort, device, limit=effort.limit, device=device)
+    except FailedError as error:
+        return {"failure": str(error)}
+
+
+def _whole_step(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
+    task = workload.task(device)
+    ordinary, ours = OPTIMIZERS[optimizer]
+    functions = _ordinary_step(task, ordinary) | _private_step(task, ours(LEARNING_RATE))
+    peaks = {name: peak(function, device)[1] for name, function in functions.items()}
+    times = interleaved(functions, effort.step_rounds, device)
+    base = times[BASELINE]
+    parts = {
+        name: {
+            "seconds": median(own),
+            "ratio": spread(o / b for o, b in zip(own, base, strict=True)),
+            "peak_bytes": peaks[name],
+        }
+        for name, own in times.items()
+    }
+    return {"parts": parts}
+
+
+def _ordinary_step(task: Task, make: Callable[..., torch.optim.Optimizer]) -> dict[str, Callable[[], Any]]:
+    """Gradient of the mean loss and torch's own optimizer, in place, on a copy of the parameters."""
+    module = deepcopy(task.module())
+    images, labels = task.batch
+    parameters = list(module.parameters())
+    optimizer = make(parameters, lr=LEARNING_RATE)
+
+    def gradient() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(F.cross_entropy(module(images), labels), parameters)
+
+    def update(grads: tuple[Tensor, ...]) -> None:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {BASELINE: lambda: update(gradient()), "non-private update": partial(update, gradient())}
+
+
+def _private_step(task: Task, optimizer: Any) -> dict[str, Callable[[], Any]]:
+    """The step of `pegrad.dp_sgd`, and the two parts of it that come after the clipped gradient."""
+    step = pegrad.dp_sgd(
+        task.loss,
+        optimizer,
+        clip_norm=CLIP_NORM,
+        noise_multiplier=NOISE_MULTIPLIER,
+        expected_batch_size=len(task.batch[0]),
+    )
+    key = pegrad.random.key(0)
+    state = step.init(task.params, key)
+    grads = step.clipped_grad(task.params, task.batch).grads
+
+    def update() -> PyTree:
+        updates, _ = step.update(grads, state.optimizer, task.params)
+        return pegrad.optim.apply_updates(task.params, updates)
+
+    return {
+        "private step": partial(step, task.params, state, task.batch),
+        "noise": partial(pegrad.add_noise, key, grads, NOISE_MULTIPLIER * step.clipped_grad.sensitivity),
+        "private update": update,
+    }

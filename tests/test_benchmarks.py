@@ -1,0 +1,178 @@
+"""The benchmarks' runner keeps what it measured, their networks are ours, and the smallest experiment runs through."""
+
+import importlib
+import json
+import os
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pegrad import models
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch):
+    """Import a file of benchmarks/, which is a program and no package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def runner(module) -> ModuleType:
+    return module("runner")
+
+
+class Counted:
+    """A point that counts how often it is measured."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.calls = value, 0
+
+    def __call__(self) -> dict[str, Any]:
+        self.calls += 1
+        return {"value": self.value}
+
+
+def test_finished_points_are_not_measured_again(runner, tmp_path) -> None:
+    """Catches: a runner that measures all points anew, or forgets those of an earlier run."""
+    path = tmp_path / "deep" / "results.json"
+    points = {"a": Counted(1.0), "b": Counted(2.0)}
+    runner.run(points, runner.Results(path, {"rounds": 3}, "cpu"))
+    more = points | {"c": Counted(3.0)}
+    results = runner.Results(path, {"rounds": 3}, "cpu")
+    runner.run(more, results)
+    assert [point.calls for point in more.values()] == [1, 1, 1]
+    assert [results[key]["value"] for key in more] == [1.0, 2.0, 3.0]
+    assert list(json.loads(path.read_text())["points"]) == ["a", "b", "c"]
+
+
+def test_a_stopped_run_keeps_what_it_finished(runner, tmp_path) -> None:
+    """Catches: results that are written at the end only."""
+
+    def stopped() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        runner.run({"a": Counted(1.0), "b": stopped, "c": Counted(3.0)}, runner.Results(path, {}, "cpu"))
+    results = runner.Results(path, {}, "cpu")
+    assert "a" in results
+    assert "b" not in results
+    assert "c" not in results
+
+
+def test_results_say_where_and_with_what_they_were_measured(runner, tmp_path) -> None:
+    """Catches: a field that a reader of a number would miss."""
+    path = tmp_path / "results.json"
+    runner.run({"a": Counted(1.0)}, runner.Results(path, {"rounds": 3}, "cpu"))
+    found = json.loads(path.read_text())
+    assert found["settings"] == {"rounds": 3}
+    assert found["device"] == "cpu"
+    assert {"processor", "cpu_count", "threads", "memory_gb", "tf32", "accelerator", "python", "torch"} <= set(
+        found["machine"]
+    )
+    assert {"pegrad", "opacus", "backpack-for-pytorch", "jax", "jax-privacy"} <= set(found["versions"])
+    assert {"value", "date", "commit", "dirty"} == set(found["points"]["a"])
+
+
+def test_points_of_other_settings_are_refused(runner, tmp_path) -> None:
+    """Catches: numbers of two kinds in one file."""
+    path = tmp_path / "results.json"
+    runner.run({"a": Counted(1.0)}, runner.Results(path, {"rounds": 3}, "cpu"))
+    with pytest.raises(SystemExit, match="other settings"):
+        runner.Results(path, {"rounds": 4}, "cpu")
+    assert "a" not in runner.Results(path, {"rounds": 4}, "cpu", fresh=True)
+
+
+def test_ratios_are_reported_by_median_and_quartiles(runner) -> None:
+    """Catches: a mean, and quartiles the wrong way round."""
+    assert runner.spread([9.0, 1.0, 2.0, 3.0, 4.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+
+
+def test_every_network_has_an_equal_module(module) -> None:
+    """Catches: a module whose layers, or the order of whose parameters, are not those of `pegrad.models`."""
+    native, workloads = module("native"), module("workloads")
+    # One of each family; at 224x224 and with 138 million parameters, the smallest image will do.
+    chosen = {
+        name: workloads.TABLE[name] for name in ("small_cnn", "vgg11", "resnet18", "wrn16_4", "vit", "alexnet_224")
+    }
+    small = workloads.Workload(partial(models.vgg_imagenet, 11, image_size=32), partial(native.vgg_imagenet, 11), 2)
+    for name, workload in (chosen | {"vgg11_imagenet": small}).items():
+        task = replace(workload, batch_size=2).task("cpu")
+        images, labels = task.batch
+        twin = task.module()
+        with torch.no_grad():
+            ours = torch.func.vmap(task.loss, (None, 0))(task.params, task.batch)
+            torch.testing.assert_close(ours, F.cross_entropy(twin(images), labels, reduction="none"), msg=name)
+        leaves = native.declared(task.params)
+        assert all(own.data_ptr() == leaf.data_ptr() for own, leaf in zip(twin.parameters(), leaves, strict=True))
+
+
+def test_peak_memory_is_that_of_the_call(module) -> None:
+    """Catches: a high-water mark from before the call, and one read after the memory was freed."""
+    peak = module("isolation").peak
+    megabytes = 1 << 20
+    torch.ones(200 * megabytes, dtype=torch.uint8)  # a higher mark, which must not count
+    held = torch.ones(50 * megabytes, dtype=torch.uint8)
+    value, needed = peak(lambda: torch.ones(100 * megabytes, dtype=torch.uint8)[-1].item(), "cpu")
+    assert value == held[0].item() == 1
+    assert 95 * megabytes < needed < 115 * megabytes
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "limit", "phrase"),
+    [
+        (int, "x", 60, "ValueError: invalid literal"),
+        (torch.empty, 1 << 50, 60, "out of memory"),
+        (importlib.import_module, "no_such_peer", 60, "no_such_peer is not installed"),
+        (os._exit, 1, 60, "process died"),
+        (time.sleep, 60, 2, "longer than 2 s"),
+    ],
+)
+def test_what_fails_in_its_own_process_is_a_phrase_in_ours(module, function, argument, limit, phrase) -> None:
+    """Catches: a contestant whose failure stops the whole run, or is shown as a traceback."""
+    isolation = module("isolation")
+    with pytest.raises(isolation.FailedError, match=phrase):
+        isolation.in_own_process(function, argument, limit=limit)
+
+
+def test_clipped_grad_runs_through_and_resumes(module, tmp_path, capsys) -> None:
+    """Catches: a strategy that is not right, a failure that is not shown, a second run that measures again."""
+    arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    arguments += ["--contestants", "auto", "ghost", "naive", "--optimizers", "adam"]
+    module("clipped_grad").main(arguments)
+    path = tmp_path / "clipped_grad_smoke_cpu.json"
+    found = json.loads(path.read_text())["points"]
+    names = ["non-private", "auto", "ghost", "naive"]
+    assert list(found) == [*(f"gradient/tiny/{name}" for name in names), "step/tiny/adam"]
+    for name in names[1:]:
+        point = found[f"gradient/tiny/{name}"]
+        assert point["difference"] < 1e-12
+        assert point["difference_as_timed"] < 1e-3
+        assert point["peak_bytes"] > 0
+        assert point["ratio"]["low"] <= point["ratio"]["median"] <= point["ratio"]["high"]
+        assert point["warnings"] == []
+    assert {"non-private step", "private step", "noise", "private update"} <= set(found["step/tiny/adam"]["parts"])
+    assert (tmp_path / "clipped_grad_smoke_cpu.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in [*names, "private step"])
+
+    module("clipped_grad").main(arguments)
+    assert json.loads(path.read_text())["points"] == found
+    assert capsys.readouterr().out == shown
+
+
+def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) -> None:
+    """Catches: a peer that is dropped in silence."""
+    arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path), "--limit", "0.01"]
+    module("clipped_grad").main([*arguments, "--contestants", "auto", "--optimizers", "sgd"])
+    assert capsys.readouterr().out.count("longer than 0.01 s") == 3
