@@ -268,13 +268,13 @@ def scale_by_adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> G
 
     def update(grads: PyTree, state: AdamState, params: PyTree) -> tuple[PyTree, AdamState]:
         steps = state.steps + 1
-        mean = trees.map(lambda grad, past: b1 * past + (1 - b1) * grad, grads, state.mean)
-        square = trees.map(lambda grad, past: b2 * past + (1 - b2) * grad * grad, grads, state.square)
+        mean = trees.map(lambda grad, past: (b1 * past).add_(grad, alpha=1 - b1), grads, state.mean)
+        square = trees.map(lambda grad, past: (b2 * past).addcmul_(grad, grad, value=1 - b2), grads, state.square)
         mean_weight = 1 - b1**steps
         root_weight = math.sqrt(1 - b2**steps)
 
         def scale(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-            return (mean / mean_weight) / (square.sqrt() / root_weight + eps)
+            return (mean / mean_weight).div_((square.sqrt() / root_weight).add_(eps))
 
         return trees.map(scale, mean, square), AdamState(steps, mean, square)
 

@@ -28,7 +28,7 @@ from pegrad.per_example import Loss
 from pegrad.sampling import Draw, PoissonSampler, ShuffledSampler
 from pegrad.trees import PyTree
 
-_ROWS_AT_A_TIME = 1000  # of the test set: it bounds the memory of the intermediate values
+_ROWS_AT_A_TIME = 100  # of the test set: intermediate values that stay in the cache
 
 
 @dataclass(frozen=True)
