@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad.rules.site import Recorder, Rule
-from pegrad.tracing.batched import on_physical_batch
 
 
 def attention(
@@ -33,7 +32,7 @@ def attention(
             q, k, v, mask[0] if mask else None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
-    return on_physical_batch(run, *aligned)
+    return trace.run(run, *aligned)
 
 
 RULES: dict[Any, Rule] = {F.scaled_dot_product_attention: attention}

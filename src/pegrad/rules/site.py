@@ -86,6 +86,14 @@ class Recorder(Protocol):
             The output as the loss sees it.
         """
 
+    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Run an operation without parameters on the physical batch.
+
+        Args:
+            function: takes one tensor `(B, ...)` for each of `tensors`, and returns one.
+            tensors: no parameters, and at least one of them batched.
+        """
+
     def expand(self, parameter: Tensor, witness: Tensor) -> Tensor:
         """Give each example a copy of a parameter: right for any operation, cheap for small parameters.
 

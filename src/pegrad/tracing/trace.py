@@ -155,6 +155,10 @@ class Trace(TorchFunctionMode):
         """See `Recorder.record`."""
         return on_physical_batch(lambda x: run(x, self._tap), x)
 
+    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """See `Recorder.run`."""
+        return on_physical_batch(function, *tensors)
+
     def expand(self, parameter: Tensor, witness: Tensor, operation: str = "") -> Tensor:
         """See `Recorder.expand`."""
         if id(parameter) not in self._copied:  # `copies` keeps the parameter alive, so its id stays its own
