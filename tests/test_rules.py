@@ -1,5 +1,6 @@
 """Rules and their kernels: every one against the stacked gradient; blocks; memory; a rule of one's own."""
 
+import gc
 from dataclasses import dataclass, replace
 
 import pytest
@@ -141,6 +142,26 @@ def test_stacked_gradients_are_never_held_where_they_would_be_large(strategy):
     with Largest() as largest:
         pegrad.clipped_grad(loss, clip_norm=1.0, strategy=strategy)(params, batch)
     assert largest.numbers <= 5 * max(leaf.numel() for leaf in params.values())  # stacked: 8 times
+
+
+@pytest.mark.parametrize("strategy", pegrad.STRATEGIES)
+def test_nothing_waits_for_the_garbage_collector(strategy):
+    """Catches: a circle of references that holds a step's activations until the collector comes by."""
+    function = pegrad.clipped_grad(everything, clip_norm=1.0, strategy=strategy)
+
+    def tensors():
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    function(PARAMS, BATCH)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(3):
+            function(PARAMS, BATCH)
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "vgg11", "resnet18", "wrn16_4", "vit"])

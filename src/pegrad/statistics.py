@@ -4,7 +4,7 @@ None of them ever holds more than one parameter leaf's stacked gradients, and wh
 those. The answers are constants to any further differentiation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from pegrad.call import Call
 from pegrad.errors import ArgumentError, LeafError
 from pegrad.per_example import Loss
 from pegrad.strategies import BookKeeping
-from pegrad.strategies.book import Roots, Stacks, stack_rows, widen
+from pegrad.strategies.book import Leafwise, Roots, Stacks, stack_rows, widen
 from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
 
@@ -147,33 +147,39 @@ class _Dots:
     """Adds up inner products with one vector for each leaf."""
 
     def __init__(self, trace: Trace, vectors: list[Tensor]) -> None:
-        self._vectors = {id(leaf): vector for leaf, vector in zip(trace.params, vectors, strict=True)}
-        self._stacks = Stacks(trace, lambda leaf, rows: self._add(rows, vectors[leaf]))
+        self._trace = trace
+        self._vectors = vectors
+        self._of_source = {id(leaf): vector for leaf, vector in zip(trace.params, vectors, strict=True)}
+        self._leaves = Leafwise(trace, Roots.of(trace))
         self.total = torch.zeros_like(trace.losses).detach()
 
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
         x, g = widen(x), widen(g)
         for site in tapped.sites:
-            vector = self._vectors.get(id(site.source))
+            vector = self._of_source.get(id(site.source))
             y = None if vector is None else site.apply(x, vector)
             if y is None:
-                self._stacks.add(site.source, stack_rows(site, x, g))
+                self._add(self._leaves.add(site.source, stack_rows(site, x, g)))
             else:
                 self.total = self.total + (y * g).reshape(len(self.total), -1).sum(1)
 
     def receive_copies(self, grads: list[Tensor]) -> None:
-        self._stacks.receive_copies(grads)
+        for copies, grad in zip(self._trace.copies, grads, strict=True):
+            self._add(self._leaves.add(copies.source, grad))
+        self._add(self._leaves.rest())
 
-    def _add(self, rows: Tensor, vector: Tensor) -> None:
-        self.total = self.total + rows.reshape(len(rows), -1) @ vector.flatten()
+    def _add(self, complete: Iterator[tuple[int, Tensor]]) -> None:
+        for leaf, rows in complete:
+            self.total = self.total + rows.reshape(len(rows), -1) @ self._vectors[leaf].flatten()
 
 
 class _Gram:
     """Adds up the Gram matrices of the leaves' gradients."""
 
     def __init__(self, trace: Trace) -> None:
+        self._trace = trace
         self._roots = Roots.of(trace)
-        self._stacks = Stacks(trace, lambda leaf, rows: self._add(rows), self._roots)
+        self._leaves = Leafwise(trace, self._roots)
         batch = len(trace.losses)
         self.total = trace.losses.new_zeros(batch, batch).detach()
 
@@ -182,16 +188,19 @@ class _Gram:
         for site in tapped.sites:
             pairs = site.pairs(x, g) if self._roots.alone(site.source) else None
             if pairs is None:
-                self._stacks.add(site.source, stack_rows(site, x, g))
+                self._add(self._leaves.add(site.source, stack_rows(site, x, g)))
             else:
                 self.total = self.total + pairs
 
     def receive_copies(self, grads: list[Tensor]) -> None:
-        self._stacks.receive_copies(grads)
+        for copies, grad in zip(self._trace.copies, grads, strict=True):
+            self._add(self._leaves.add(copies.source, grad))
+        self._add(self._leaves.rest())
 
-    def _add(self, rows: Tensor) -> None:
-        flat = widen(rows).reshape(len(rows), -1)
-        self.total = self.total + flat @ flat.T
+    def _add(self, complete: Iterator[tuple[int, Tensor]]) -> None:
+        for _, rows in complete:
+            flat = widen(rows).reshape(len(rows), -1)
+            self.total = self.total + flat @ flat.T
 
 
 def _call_of_some(loss: Loss, params: PyTree, batch: PyTree, least: int) -> Call:

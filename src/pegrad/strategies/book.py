@@ -59,6 +59,30 @@ class Roots(NamedTuple):
         return self.lineages[id(source)].isometric and self.sole(source)
 
 
+class Leafwise:
+    """Adds up, leaf by leaf, the stacked gradients of all uses."""
+
+    def __init__(self, trace: Trace, roots: Roots) -> None:
+        self._trace = trace
+        self._roots = roots
+        self._awaited = list(roots.uses)
+        self._partial: dict[int, Tensor] = {}
+
+    def add(self, source: Tensor, stacked: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Add one use's stacked gradient; yield the leaves whose last use this was, with theirs."""
+        for leaf, rows in pull_rows(self._trace, source, stacked).items():
+            self._partial[leaf] = self._partial[leaf] + rows if leaf in self._partial else rows
+        for leaf in self._roots.lineages[id(source)].leaves:
+            self._awaited[leaf] -= 1
+            if self._awaited[leaf] == 0 and leaf in self._partial:
+                yield leaf, self._partial.pop(leaf)
+
+    def rest(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the leaves some of whose uses the loss does not depend on after all."""
+        while self._partial:
+            yield self._partial.popitem()
+
+
 class Stacks:
     """Stacked gradients, leaf by leaf: each is shown once all its uses have come in, and then forgotten.
 
@@ -67,38 +91,26 @@ class Stacks:
         visit: called once for each leaf that the loss depends on.
     """
 
-    def __init__(self, trace: Trace, visit: Visit, roots: Roots | None = None) -> None:
+    def __init__(self, trace: Trace, visit: Visit) -> None:
         self._trace = trace
         self._visit = visit
-        self._roots = roots or Roots.of(trace)
-        self._awaited = list(self._roots.uses)
-        self._partial: dict[int, Tensor] = {}
+        self._leaves = Leafwise(trace, Roots.of(trace))
 
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
         """See `Book.receive`."""
         x, g = widen(x), widen(g)
         for site in tapped.sites:
-            self.add(site.source, stack_rows(site, x, g))
+            self._show(self._leaves.add(site.source, stack_rows(site, x, g)))
 
     def receive_copies(self, grads: Leaves) -> None:
         """See `Book.receive_copies`."""
         for copies, grad in zip(self._trace.copies, grads, strict=True):
-            self.add(copies.source, grad)
-        self.finish()
+            self._show(self._leaves.add(copies.source, grad))
+        self._show(self._leaves.rest())
 
-    def add(self, source: Tensor, stacked: Tensor) -> None:
-        """Add one use's stacked gradient to those of the leaves that it comes from."""
-        for leaf, rows in pull_rows(self._trace, source, stacked).items():
-            self._partial[leaf] = self._partial[leaf] + rows if leaf in self._partial else rows
-        for leaf in self._roots.lineages[id(source)].leaves:
-            self._awaited[leaf] -= 1
-            if self._awaited[leaf] == 0 and leaf in self._partial:
-                self._visit(leaf, self._partial.pop(leaf))
-
-    def finish(self) -> None:
-        """Show the leaves some of whose uses the loss does not depend on after all."""
-        for leaf in list(self._partial):
-            self._visit(leaf, self._partial.pop(leaf))
+    def _show(self, complete: Iterator[tuple[int, Tensor]]) -> None:
+        for leaf, rows in complete:
+            self._visit(leaf, rows)
 
 
 class Norms:
@@ -117,7 +129,7 @@ class Norms:
         self._trace = trace
         self._batch = trace.losses.shape[0]
         self._roots = Roots.of(trace)
-        self._shared = Stacks(trace, lambda leaf, rows: self._enter_stacked(trace.params[leaf], rows), self._roots)
+        self._shared = Leafwise(trace, self._roots)
         self._choose = choose
         self._keep = keep
         self._squares: list[Tensor] = []
@@ -132,7 +144,7 @@ class Norms:
             elif self._roots.sole(site.source) and site.summing(tapped.x, tapped.y):
                 self._enter_made(site, x, g)
             else:
-                self._shared.add(site.source, stack_rows(site, x, g))
+                self._enter_leaves(self._shared.add(site.source, stack_rows(site, x, g)))
 
     def receive_copies(self, grads: Leaves) -> None:
         """See `Book.receive_copies`."""
@@ -140,8 +152,8 @@ class Norms:
             if self._roots.alone(copies.source):
                 self._enter_stacked(copies.source, grad)
             else:
-                self._shared.add(copies.source, grad)
-        self._shared.finish()
+                self._enter_leaves(self._shared.add(copies.source, grad))
+        self._enter_leaves(self._shared.rest())
 
     def squared_norms(self) -> Tensor:
         """Return the squared norms, `(B,)`, in at least float32, once all is entered."""
@@ -179,6 +191,10 @@ class Norms:
     def _sum_natively(self, site: Site, x: Tensor, g: Tensor) -> None:
         if self._keep:
             self._sums.append((site.source, lambda weights, bad: native_sum(site, *_weigh(x, g, weights, bad))))
+
+    def _enter_leaves(self, complete: Iterator[tuple[int, Tensor]]) -> None:
+        for leaf, rows in complete:
+            self._enter_stacked(self._trace.params[leaf], rows)
 
     def _enter_stacked(self, source: Tensor, stacked: Tensor) -> None:
         self._squares.append(squared_norms([stacked]))

@@ -9,7 +9,8 @@ a rule, each example gets a copy of it for that use; what autograd returns for t
 Every run is traced anew, so a loss may take another path each time.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,7 @@ class Trace(TorchFunctionMode):
         self._leaves = {id(leaf) for leaf in self.params}
         self._copied: dict[int, Tensor] = {}
         self._anchor = torch.zeros((), requires_grad=True)
-        self._receive: Receive | None = None
+        self._line = _Line()
 
         def traced(example: list[Tensor], copies: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
             with self:
@@ -105,16 +106,10 @@ class Trace(TorchFunctionMode):
         """
         if not self.losses.requires_grad:
             return [torch.zeros_like(c.rows) for c in self.copies], [False] * len(self.params)
-        self._receive = receive
         rows = [c.rows for c in self.copies]
-        grads = torch.autograd.grad(
-            self.losses,
-            [*rows, *self.params, self._anchor],
-            weights,
-            retain_graph=not last,
-            allow_unused=True,
-        )
-        self._receive = None
+        inputs = [*rows, *self.params, self._anchor]
+        with self._line.open(receive):
+            grads = torch.autograd.grad(self.losses, inputs, weights, retain_graph=not last, allow_unused=True)
         stacked = [torch.zeros_like(r) if g is None else g for r, g in zip(rows, grads, strict=False)]
         return stacked, [g is not None for g in grads[len(rows) : -1]]
 
@@ -179,11 +174,34 @@ class Trace(TorchFunctionMode):
             y = torch.ops.aten._unsafe_view(y, y.shape)
         tapped = Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype)
         self.tapped.append(tapped)
-        return _Tap.apply(y, self._anchor, x.detach(), self, tapped)
+        return _Tap.apply(y, self._anchor, x.detach(), self._line, tapped)
+
+
+class _Line:
+    """What taps send to: open for as long as a backward pass runs.
+
+    Taps do not know the trace itself, which knows the graph, which knows the taps: such a circle would hold all
+    activations until the next garbage collection.
+    """
+
+    def __init__(self) -> None:
+        self._receive: Receive | None = None
+
+    @contextmanager
+    def open(self, receive: Receive) -> Iterator[None]:
+        self._receive = receive
+        try:
+            yield
+        finally:
+            self._receive = None
+
+    def send(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
+        if self._receive:
+            self._receive(tapped, x, g)
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, in place; its backward shows the gradient that passes to the trace.
+    """The identity, in place; its backward sends on the gradient that passes.
 
     In place, so that the loss may go on to change the output in place itself. The anchor makes the output require a
     gradient also where the operation's input does not. `x` is saved as autograd saves it: if the loss changes it in
@@ -191,14 +209,14 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, trace: Trace, tapped: Tapped) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, line: _Line, tapped: Tapped) -> Tensor:
         ctx.mark_dirty(y)
         ctx.save_for_backward(x)
-        ctx.trace, ctx.tapped = trace, tapped
+        ctx.line, ctx.tapped = line, tapped
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.trace._receive(ctx.tapped, x, g.detach())
+        ctx.line.send(ctx.tapped, x, g.detach())
         return g, None, None, None, None
