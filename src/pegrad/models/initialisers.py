@@ -41,6 +41,14 @@ def normal_fan_in(key: torch.Tensor, shape: tuple[int, ...]) -> Params:
     return normal(1 / math.sqrt(_fan_in(shape)))(key, shape)
 
 
+def kaiming_fan_in(key: torch.Tensor, shape: tuple[int, ...]) -> Params:
+    """Draw the weight from N(0, 2/fan_in), which keeps the variance of activations through ReLUs; the bias is 0.
+
+    Source: He et al. 2015, "Delving deep into rectifiers", Section 2.2.
+    """
+    return normal(math.sqrt(2 / _fan_in(shape)))(key, shape)
+
+
 def kaiming_fan_out(key: torch.Tensor, shape: tuple[int, ...]) -> Params:
     """Draw the weight from N(0, 2/fan_out), which keeps the variance of gradients through ReLUs; the bias is 0.
 
