@@ -217,16 +217,19 @@ class ClippedGrad:
         sums: Leaves = []
         squares, values = [], []
         for chunk in call.chunks(self.microbatch_size):
-            weigh = partial(clip_weights, clip_norm=self.clip_norm, mask=chunk.mask)
-            parts, norms, value = self.strategy.weighted_sum(chunk.problem, weigh)
+            parts, norms, value = self.strategy.weighted_sum(chunk.problem, partial(self._weigh, mask=chunk.mask))
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
             squares.append(norms)
             values.append(value)
         non_finite = call.rows([~torch.isfinite(norms) for norms in squares]).sum()
         return Clipped(
-            trees.unflatten(call.params, [leaf / self.normalize_by for leaf in sums]),
+            trees.unflatten(call.params, sums),
             call.losses(values),
             call.rows(squares).clamp(min=0).sqrt(),
             call.aux(values),
             non_finite,
         )
+
+    def _weigh(self, squares: Tensor, mask: Tensor | None) -> Tensor:
+        """Clip and normalise in one: dividing the sum itself would take a second copy of it."""
+        return clip_weights(squares, self.clip_norm, mask) / self.normalize_by
