@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 _INK, _GREY, _LINE = "#333333", "#8a8a8a", "#e4e4e4"
 
@@ -77,7 +77,7 @@ def _ratio_axes(axes: Axes, rows: list[str], name: str) -> None:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.1f}" if value < 3 else ""))
     axes.grid(axis="x", color=_LINE, linewidth=0.8)
     axes.hlines(range(len(rows)), 0, 1, transform=axes.get_yaxis_transform(), color=_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
