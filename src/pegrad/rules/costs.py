@@ -33,18 +33,18 @@ class Rates(NamedTuple):
 
 
 CPU: dict[str, Rates] = {
-    "grouped": Rates(0.025, 3.4, 0.0, 2e4),
-    "grouped_backward": Rates(0.02, 2.0, 0.0, 2e4),
-    "unfold": Rates(0.0061, 2.2, 1.9, 2e4),
-    "offset": Rates(0.016, 3.9, 4.1, 2.7e5),
-    "loop": Rates(0.019, 2.0, 0.0, 3.4e4),
-    "gram_unfolded": Rates(0.017, 0.0, 0.49, 4.8e5),
-    "gram_box": Rates(0.018, 0.0, 0.72, 2.6e5),
-    "native": Rates(0.02, 0.59, 0.31, 5.2e3),
-    "reduce": Rates(0.0, 0.0, 0.12, 7.5e3),
-    "contract": Rates(0.0, 0.0, 0.089, 8.5e3),
-    "product": Rates(0.021, 0.19, 0.0, 1e4),
-    "gram": Rates(0.019, 0.0, 0.15, 7.1e3),
+    "grouped": Rates(0.013, 2.1, 0.0, 0.0),
+    "grouped_backward": Rates(0.0092, 1.3, 0.0, 0.0),
+    "unfold": Rates(0.0074, 0.65, 0.6, 0.0),
+    "offset": Rates(0.0085, 0.89, 0.77, 1.9e5),
+    "loop": Rates(0.01, 1.2, 0.0, 5.0e4),
+    "gram_unfolded": Rates(0.0098, 0.0, 0.27, 2.8e5),
+    "gram_box": Rates(0.0052, 0.0, 0.43, 2.5e5),
+    "native": Rates(0.0098, 0.41, 0.17, 1.4e4),
+    "reduce": Rates(0.0, 0.0, 0.055, 1.2e4),
+    "contract": Rates(0.0, 0.0, 0.085, 6600.0),
+    "product": Rates(0.0095, 0.11, 0.0, 0.0),
+    "gram": Rates(0.0098, 0.0, 0.037, 4.1e4),
 }
 # Throughputs of a data-centre GPU's specification sheet, not fitted: a call costs as much as many multiply-adds.
 CUDA: dict[str, Rates] = {
