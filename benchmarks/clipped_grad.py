@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = {(row, name): f"step/{row}/{name}" for row in workloads for name in options.optimizers}
 
     stem = options.out / f"clipped_grad_{options.scale}_{options.device}"
-    settings = {"clip_norm": CLIP_NORM, **options.effort._asdict()}
+    settings = {"clip_norm": CLIP_NORM, "allocator": options.allocator, **options.effort._asdict()}
     results = Results(stem.with_suffix(".json"), settings, options.device, fresh=options.fresh)
     how = {"effort": options.effort, "device": options.device}
     with TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Fit the constants of `pegrad.rules.costs`: time every kernel over a range of shapes, then least squares.
+"""Fit the constants of `pegrad.rules.costs`: time every kernel over a range of shapes, then robust least squares.
 
     python benchmarks/fit_costs.py [--out benchmarks/results]
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import least_squares
 from tqdm import tqdm
 
 from pegrad.rules.conv.geometry import Geometry
@@ -28,16 +28,18 @@ from pegrad.rules.site import Kernel, Site
 from pegrad.strategies.base import contract, squared_norms
 
 CONVOLUTIONS = [  # batch, C, D, size, kernel, stride
-    (32, 3, 64, 32, 3, 1), (16, 64, 64, 32, 3, 1), (64, 16, 32, 32, 3, 1), (32, 64, 128, 16, 3, 1),
-    (32, 128, 128, 16, 3, 1), (32, 64, 128, 32, 3, 2), (32, 128, 256, 8, 3, 1), (16, 256, 256, 8, 3, 1),
-    (16, 128, 256, 16, 3, 2), (16, 256, 512, 4, 3, 1), (8, 512, 512, 4, 3, 1), (16, 512, 512, 2, 3, 1),
-    (64, 64, 128, 16, 1, 2), (32, 256, 512, 8, 1, 1), (8, 3, 64, 112, 7, 2), (4, 64, 64, 56, 3, 1),
-    (4, 64, 128, 112, 3, 1), (16, 3, 192, 32, 4, 4), (8, 64, 192, 27, 5, 1), (8, 192, 384, 13, 3, 1),
+    (128, 3, 64, 32, 3, 1), (64, 16, 64, 32, 3, 1), (64, 64, 64, 32, 3, 1), (128, 64, 128, 16, 3, 1),
+    (64, 128, 128, 16, 3, 1), (64, 64, 128, 32, 3, 2), (64, 128, 256, 16, 3, 2), (128, 128, 256, 8, 3, 1),
+    (64, 256, 256, 8, 3, 1), (128, 256, 512, 4, 3, 1), (64, 512, 512, 4, 3, 1), (128, 512, 512, 2, 3, 1),
+    (16, 64, 64, 32, 3, 1), (16, 128, 128, 16, 3, 1), (16, 128, 256, 8, 3, 1), (64, 64, 128, 32, 1, 2),
+    (64, 256, 512, 8, 1, 2), (8, 3, 64, 112, 7, 2), (8, 3, 64, 112, 3, 1), (4, 64, 128, 56, 3, 1),
+    (64, 3, 192, 32, 4, 4), (16, 64, 192, 27, 5, 1), (16, 192, 384, 13, 3, 1), (16, 384, 256, 13, 3, 1),
 ]  # fmt: skip
 LINEAR = [  # batch, T, D, p
     (64, 1, 512, 10), (64, 1, 4096, 1024), (16, 65, 192, 576), (64, 65, 192, 192), (16, 65, 192, 768),
     (16, 65, 768, 192), (8, 197, 384, 384), (4, 512, 256, 256), (16, 17, 512, 512),
 ]  # fmt: skip
+_MUCH = 1e10
 
 
 def sites() -> list[tuple[Site, torch.Tensor, torch.Tensor]]:
@@ -72,8 +74,9 @@ def measure(seconds: float) -> dict[str, list[tuple[Work, float]]]:
         kernels: list[Kernel] = [*site.stacking(*shapes).values(), *site.norming(*shapes).values()]
         native = site.summing(*shapes)
         for kernel in [*kernels, *([native] if native else [])]:
-            if kernel.work.multiply_adds + 50 * kernel.work.moved < 3e10:
-                found[kernel.rates].append((kernel.work, best_time(partial(kernel.run, x, g), seconds)))
+            work = kernel.work
+            if work.multiply_adds + 50 * work.moved + 100 * work.written < _MUCH:  # what costs more is never chosen
+                found[kernel.rates].append((work, best_time(partial(kernel.run, x, g), seconds)))
         rows = torch.randn(x.shape[0], *site.source.shape)
         moved = Work(0, moved=rows.numel())
         found["reduce"].append((moved, best_time(partial(squared_norms, [rows]), seconds)))
@@ -82,11 +85,18 @@ def measure(seconds: float) -> dict[str, list[tuple[Work, float]]]:
 
 
 def fit(points: list[tuple[Work, float]]) -> tuple[Rates, float]:
-    """Least squares of relative errors over non-negative rates; also the median relative error."""
+    """Fit rates >= 0 to the logarithms of the times, with few outliers in mind; also the median relative error."""
     work, times = np.array([w for w, _ in points]), np.array([t for _, t in points])
-    rates, _ = nnls(work / times[:, None], np.ones(len(times)))
+    start = times.sum() / np.maximum(work.sum(0), 1) / work.shape[1]
+    start = np.where(work.any(0), start, 0)
+
+    def errors(scale: np.ndarray) -> np.ndarray:
+        return np.log(work @ (scale * start) / times)
+
+    found = least_squares(errors, np.ones(work.shape[1]), bounds=(0, np.inf), loss="soft_l1", f_scale=0.1)
+    rates = found.x * start
     error = np.median(np.abs(work @ rates / times - 1))
-    return Rates(*(float(f"{rate:.2g}") for rate in rates)), float(error)
+    return Rates(*(float(f"{rate:.2g}") if rate > 1e-4 else 0.0 for rate in rates)), float(error)
 
 
 def main() -> None:

@@ -27,6 +27,13 @@ from pegrad import comparison
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("opacus", "backpack-for-pytorch", "jax", "jax-privacy")
 Point = dict[str, Any]
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "keeping": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
+    "system": {},
+}
+"""Environments of a contestant's process. On Linux, freed memory goes back to the system by default, and each call pays
+page faults to have it again, which on a virtual machine can cost more than the arithmetic. `keeping` keeps it, as
+PyTorch's own allocator on a GPU does."""
 
 
 class Effort(NamedTuple):
@@ -53,6 +60,7 @@ def parser(description: str, efforts: Mapping[str, Effort]) -> argparse.Argument
     made.add_argument("--scale", choices=efforts, default="cpu", help="how large the experiment is (%(default)s)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--threads", type=int, help="threads of PyTorch on a CPU (its own choice)")
+    made.add_argument("--allocator", choices=ALLOCATORS, default="keeping", help="what is done with freed memory")
     made.add_argument("--rounds", type=int, help="at most so many rounds for each contestant")
     made.add_argument("--budget", type=float, help="seconds after which a slow contestant gets no further round")
     made.add_argument("--limit", type=float, help="seconds after which a contestant is given up")
@@ -79,6 +87,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if options.threads:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the contestants' own processes
+    os.environ.update(ALLOCATORS[options.allocator])  # for those, too: a process reads it as it starts
     return options
 
 

@@ -151,7 +151,7 @@ def group_norm(groups: int, channels: int) -> Model:
         raise ArgumentError(f"Expected groups to divide the {channels} channels of a layer, got groups={groups}.")
 
     def apply(params: Params, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x[None], groups, params["weight"], params["bias"])[0]
+        return F.group_norm(x[None], groups, params["weight"], params["bias"]).squeeze(0)
 
     return Model(lambda key: _scale_and_shift(channels), apply)
 

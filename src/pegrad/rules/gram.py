@@ -1,10 +1,30 @@
 """Squared norms of sums of outer products, from Gram matrices."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 24
-"""Numbers that a block of a Gram matrix may hold: what bounds the memory of every Gram kernel."""
+BLOCK = 1 << 21
+"""Numbers that a Gram kernel holds at a time: what bounds its memory, and keeps it in the processor's cache."""
+
+
+def few_at_a_time(norms: Callable[[Tensor, Tensor], Tensor], x: Tensor, g: Tensor, numbers: int) -> Tensor:
+    """Find norms for as many examples at a time as fit into `BLOCK`, or for one at the least.
+
+    Args:
+        norms: `(x, g) -> (B,)` for any B.
+        x: `(B, ...)`.
+        g: `(B, ...)`.
+        numbers: how many numbers `norms` holds for one example.
+
+    Returns:
+        `(B,)`.
+    """
+    step = max(1, BLOCK // numbers)
+    if step >= x.shape[0]:
+        return norms(x, g)
+    return torch.cat([norms(*part) for part in zip(x.split(step), g.split(step), strict=True)])
 
 
 def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Tensor:
@@ -38,5 +58,6 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Tensor:
 
 
 def _rows_by_symmetry(positions: int) -> int:
-    """Rows of a block: small enough that skipping the lower triangle saves, large enough for the matrix product."""
-    return positions if positions <= 128 else max(64, positions // 4)
+    """Rows of a block: few enough that leaving out the lower triangle saves, enough for the matrix product."""
+    blocks = 1 if positions < 48 else 2 if positions < 160 else 4
+    return -(-positions // blocks)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pegrad.rules.bias import Bias, over_leading
 from pegrad.rules.costs import Work
 from pegrad.rules.gram import gram_norm
-from pegrad.rules.site import Kernel, Recorder, Rule, Shape, Site, Tap
+from pegrad.rules.site import Kernel, Recorder, Rule, Shape, Site, Tap, weigh_the_smaller
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,10 @@ class LinearWeight(Site):
         """See `Site.summing`."""
         work = Work(prod(x) * g[-1], x[-1] * g[-1], prod(g))
         return Kernel("native", work, lambda x, g: g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]))
+
+    def weigh(self, x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Site.weigh`."""
+        return weigh_the_smaller(x, g, weights)
 
     def apply(self, x: Tensor, parameter: Tensor) -> Tensor:
         """See `Site.apply`."""

@@ -52,6 +52,13 @@ class Site(ABC):
         """Offer a native way to the gradient summed over the batch, `(x, g) -> source.shape`, if there is one."""
         return None
 
+    def weigh(self, x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Give each example a weight, `(B,)`, in what `summing` sums: by way of `g`, in which every gradient is linear.
+
+        A site whose gradient is linear in `x` as well may weigh that, where it is smaller.
+        """
+        return x, by_example(g, weights)
+
     def apply(self, x: Tensor, parameter: Tensor) -> Tensor | None:
         """Run the operation, if it is linear in its parameter, with another one: the output, shaped like `g`."""
         return None
@@ -59,6 +66,17 @@ class Site(ABC):
     def pairs(self, x: Tensor, g: Tensor) -> Tensor | None:
         """Return the inner products of the examples' gradients, `(B, B)`, where that is cheaper than stacking them."""
         return None
+
+
+def by_example(t: Tensor, weights: Tensor) -> Tensor:
+    """Multiply a tensor with one or several rows an example by the examples' weights, `(B,)`."""
+    rows = weights.to(t.dtype).repeat_interleave(t.shape[0] // weights.shape[0])
+    return t * rows.reshape(-1, *[1] * (t.dim() - 1))
+
+
+def weigh_the_smaller(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`Site.weigh` of a site whose gradient is linear in `x` as well."""
+    return (by_example(x, weights), g) if x.numel() < g.numel() else (x, by_example(g, weights))
 
 
 Tap = Callable[[Tensor, Tensor, list[Site]], Tensor]

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pegrad.rules.gram import BLOCK
 from pegrad.rules.site import Kernel, Site
 from pegrad.strategies.base import Leaves, accumulator, contract, squared_norms
 from pegrad.strategies.choice import Candidate, stack_kernel
@@ -161,13 +162,17 @@ class Norms:
         return sum(self._squares, start=torch.zeros_like(losses, dtype=accumulator(losses.dtype)).detach())
 
     def weighted_sum(self, weights: Tensor, bad: Tensor | None) -> Leaves:
-        """Return the weighted sum for each leaf.
+        """Return the weighted sum for each leaf; what was kept for it is let go, use by use.
 
         Args:
             weights: `(B,)`.
             bad: `(B,)`, boolean: rows that may not be finite, whose weight is zero; None: no such row.
         """
-        return gather(self._trace, [(source, total(weights, bad)) for source, total in self._sums])
+        totals = []
+        while self._sums:
+            source, total = self._sums.pop()
+            totals.append((source, total(weights, bad)))
+        return gather(self._trace, totals)
 
     def _enter(self, site: Site, choice: Candidate, x: Tensor, g: Tensor) -> None:
         shapes = tuple(x.shape), tuple(g.shape)
@@ -189,8 +194,11 @@ class Norms:
         self._sum_natively(site, x, g)
 
     def _sum_natively(self, site: Site, x: Tensor, g: Tensor) -> None:
+        def total(weights: Tensor, bad: Tensor | None) -> Tensor:
+            return native_sum(site, *site.weigh(wipe(x, bad), wipe(g, bad), weights))
+
         if self._keep:
-            self._sums.append((site.source, lambda weights, bad: native_sum(site, *_weigh(x, g, weights, bad))))
+            self._sums.append((site.source, total))
 
     def _enter_leaves(self, complete: Iterator[tuple[int, Tensor]]) -> None:
         for leaf, rows in complete:
@@ -203,8 +211,9 @@ class Norms:
 
 
 def _stack_by_parts(kernel: Kernel, site: Site, x: Tensor, g: Tensor, batch: int) -> Iterator[Tensor]:
-    """Stack a site's gradients a few examples at a time: they never leave the processor's cache."""
-    step = max(1, _CHUNK // site.source.numel()) * (x.shape[0] // batch)
+    """Stack a site's gradients a few examples at a time: they, and what the kernel moves, stay in the cache."""
+    numbers = site.source.numel() + (x.numel() + g.numel() + int(kernel.work.moved)) // batch
+    step = max(1, BLOCK // numbers) * (x.shape[0] // batch)
     for start in range(0, x.shape[0], step):
         yield kernel.run(x[start : start + step], g[start : start + step])
 
@@ -220,7 +229,6 @@ def native_sum(site: Site, x: Tensor, g: Tensor) -> Tensor:
     return native.run(x, g) if native else stack_rows(site, x, g).sum(0)
 
 
-_CHUNK = 1 << 20  # numbers
 _PIECES = 3  # of 8 bits each make float32's 24
 
 
@@ -279,9 +287,3 @@ def wipe(t: Tensor, bad: Tensor | None) -> Tensor:
         return t
     rows = bad.repeat_interleave(t.shape[0] // bad.shape[0])
     return t.masked_fill(rows.reshape(-1, *[1] * (t.dim() - 1)), 0)
-
-
-def _weigh(x: Tensor, g: Tensor, weights: Tensor, bad: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows = weights.to(g.dtype).repeat_interleave(g.shape[0] // weights.shape[0])
-    x, g = wipe(x, bad), wipe(g, bad)
-    return x, g * rows.reshape(-1, *[1] * (g.dim() - 1))

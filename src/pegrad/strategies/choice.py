@@ -65,7 +65,9 @@ def candidates(site: Site, x: Shape, g: Shape, timings: Timings) -> list[Candida
     for name, kernel in site.stacking(x, g).items():
         numbers = stacked_numbers(site, kernel, x)
         square = nanoseconds("reduce", Work(0, moved=numbers), device)
+        held = max(0, numbers - prod(x) - prod(g))
         contract = nanoseconds("contract", Work(0, moved=numbers), device)
+        contract += nanoseconds("hold", Work(0, moved=held), device)
         found.append(Candidate(name, True, True, time(name, kernel) + square, contract, numbers))
         if native_time is not None:
             found.append(Candidate(name, True, False, time(name, kernel) + square, native_time, prod(x) + prod(g)))
@@ -89,7 +91,7 @@ def choose(site: Site, x: Shape, g: Shape, timings: Timings, *, keep: bool) -> C
     options = candidates(site, x, g, timings)
     if not keep:
         return min(options, key=lambda candidate: candidate.norm_time)
-    room = 2 * (prod(x) + prod(g))
+    room = 2.5 * (prod(x) + prod(g))
     return next((c for c in options if c.numbers <= room), options[0])
 
 

@@ -37,7 +37,7 @@ class Convolution:
 
     def finish(self, y: Tensor) -> Tensor:
         """Give the output the axes that the caller expects."""
-        return y[0] if self.unbatched else y
+        return y.squeeze(0) if self.unbatched else y  # indexing's backward would fill zeros and copy
 
 
 def _read_plain(nd: int) -> Callable[..., Convolution]:

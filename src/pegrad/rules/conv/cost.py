@@ -8,6 +8,7 @@ from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.costs import Work, nanoseconds
 
 Shape = tuple[int, ...]
+_LANES = 16  # a grouped convolution's backward fills the channels of each group up to a multiple of these
 
 
 def choose(x: Tensor, g: Tensor, geometry: Geometry) -> str:
@@ -30,9 +31,10 @@ def stacking(x: Shape, g: Shape, geometry: Geometry) -> dict[str, Work]:
     batch, positions, offsets = x[0], prod(g[2:]), prod(geometry.kernel)
     result = batch * g[1] * (x[1] // geometry.groups) * offsets
     multiply_adds = result * positions
+    filled = prod(-(-n // _LANES) * _LANES / n for n in (x[1] // geometry.groups, g[1] // geometry.groups))
     work = {
         "grouped": Work(multiply_adds, result),
-        "grouped_backward": Work(multiply_adds, result),
+        "grouped_backward": Work(multiply_adds * filled, result),
         "unfold": Work(multiply_adds, result, batch * x[1] * offsets * positions),
         "offset": Work(multiply_adds, result, prod(x), offsets),
         "loop": Work(multiply_adds, result, calls=batch),

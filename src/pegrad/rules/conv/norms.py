@@ -5,11 +5,12 @@ rows of the unfolded input,
 
     norm² = sum over positions t, t' of  (g[t] · g[t']) * (u[t] · u[t'])
 
-for each group of channels. They work on blocks of rows of the two Gram matrices, so that memory is bounded
-whatever the number of positions.
+for each group of channels. They take a few examples at a time, or one example in blocks of rows of the two Gram
+matrices, so that memory is bounded whatever the number of positions.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.conv.kernels import windows
-from pegrad.rules.gram import BLOCK, gram_norm
+from pegrad.rules.gram import BLOCK, few_at_a_time, gram_norm
 
 
 def gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
@@ -25,6 +26,12 @@ def gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
 
     Source: Bu, Mao & Xu 2022, "ghost norm" for convolutions.
     """
+    positions, channels, offsets = prod(g.shape[2:]), x.shape[1], prod(geometry.kernel)
+    numbers = positions * (channels * offsets + geometry.groups * positions)
+    return few_at_a_time(partial(_gram_unfolded, geometry=geometry), x, g, numbers)
+
+
+def _gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     batch, nd, groups = x.shape[0], geometry.ndim, geometry.groups
     positions = prod(g.shape[2:])
     columns = windows(x.unflatten(1, (groups, -1)).flatten(0, 1), geometry)  # (B * groups, C / groups, *out, *kernel)
@@ -40,6 +47,11 @@ def gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     the Gram matrix of the input itself; the sum separates by axis. About `T² (C + p + sum of kernel sizes)` at
     stride 1.
     """
+    pixels = prod(n + 2 * p for n, p in zip(x.shape[2:], geometry.padding, strict=True))
+    return few_at_a_time(partial(_gram_box, geometry=geometry), x, g, geometry.groups * pixels**2)
+
+
+def _gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     batch, groups, nd = x.shape[0], geometry.groups, geometry.ndim
     padded = F.pad(x, [width for p in reversed(geometry.padding) for width in (p, p)])
     size, output = padded.shape[2:], g.shape[2:]

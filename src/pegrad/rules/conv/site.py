@@ -10,7 +10,7 @@ from pegrad.rules.conv import cost
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.conv.kernels import KERNELS
 from pegrad.rules.conv.norms import gram_box, gram_unfolded
-from pegrad.rules.site import Kernel, Shape, Site
+from pegrad.rules.site import Kernel, Shape, Site, weigh_the_smaller
 
 T = TypeVar("T")
 NORMS = {"gram_unfolded": gram_unfolded, "gram_box": gram_box}
@@ -53,6 +53,10 @@ class ConvWeight(Site):
         """See `Site.summing`."""
         work = cost.summing(*self._roles(x, g), self.geometry)
         return Kernel("native", work, lambda x, g: self.geometry.weight_gradient(*self._roles(x, g)))
+
+    def weigh(self, x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Site.weigh`."""
+        return weigh_the_smaller(x, g, weights)
 
     def apply(self, x: Tensor, parameter: Tensor) -> Tensor | None:
         """See `Site.apply`."""
