@@ -10,6 +10,7 @@ demo: $(READY)
 
 test: $(READY) lint types
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gradients = {(row, name): f"gradient/{row}/{name}" for row in workloads for name in contestants}
     steps = {(row, name): f"step/{row}/{name}" for row in workloads for name in options.optimizers}
 
-    stem = options.out / f"clipped_grad_{options.scale}_{options.device}"
+    stem = options.out / f"{options.name}_{options.scale}_{options.device}"
     settings = {"clip_norm": CLIP_NORM, "allocator": options.allocator, **options.effort._asdict()}
     results = Results(stem.with_suffix(".json"), settings, options.device, fresh=options.fresh)
     how = {"effort": options.effort, "device": options.device}
@@ -68,6 +68,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="these workloads; all of the scale's")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], help="these; all")
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=[*OPTIMIZERS], help="these; all")
+    parser.add_argument("--name", default="clipped_grad", help="what the results' files are called (%(default)s)")
     options = runner.parse(parser, argv)
     known = [*SCALES[options.scale]]
     options.only = options.only or known

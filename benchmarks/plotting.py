@@ -34,6 +34,7 @@ MARKS = {
     "JAX-Privacy": Mark("#a08a1c", "^", 0.2, filled=False),
     "JAX, non-private": Mark("#a08a1c", "_", 0.2),
 }
+_OTHER_MARKS = {"non-private": Mark(_INK, ".", 0), "grouped_conv (grouped)": Mark("#b03a6f", "P", 0)}
 
 Ratios = Mapping[str, Mapping[str, tuple[float, float, float]]]
 """By row and contestant: median, low and high."""
@@ -102,3 +103,32 @@ def _dots(axes: Axes, rows: list[str], ratios: Ratios) -> None:
             elinewidth=1,
             label=name,
         )
+
+
+def runtime_lines(
+    panels: Mapping[str, tuple[str, Mapping[str, list[tuple[float, float]]]]], title: str, note: str
+) -> Figure:
+    """Draw seconds against one size: a panel for each network, a line for each strategy.
+
+    Args:
+        panels: by title, the name of the axis and, by strategy, the points `(place, seconds)`.
+        title: what was timed.
+        note: how and on what it was measured.
+    """
+    figure = Figure(figsize=(1.5 + 3.6 * len(panels), 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=13, color=_INK)
+    figure.supxlabel(note, fontsize=8, color=_GREY)
+    for axes, (name, (axis, lines)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for label, points in lines.items():
+            mark = MARKS.get(label, _OTHER_MARKS.get(label, Mark(_INK, ".", 0)))
+            style = "--" if label not in MARKS else "-"
+            axes.plot(*zip(*points, strict=True), style, marker=mark.shape, color=mark.colour, label=label)
+        axes.set(title=name, xlabel=axis, yscale="log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    figure.axes[0].set_ylabel("seconds")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    return figure

@@ -176,3 +176,36 @@ def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) ->
     arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path), "--limit", "0.01"]
     module("clipped_grad").main([*arguments, "--contestants", "auto", "--optimizers", "sgd"])
     assert capsys.readouterr().out.count("longer than 0.01 s") == 3
+
+
+@pytest.mark.parametrize("experiment", ["quick", "gradcheck", "nanobatch", "table1"])
+def test_small_experiments_run_through_and_resume(module, experiment, tmp_path, capsys) -> None:
+    """Catches: an experiment that has no longer what it measures, or measures again what it has."""
+    arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    module(experiment).main(arguments)
+    found = (tmp_path / f"{experiment}_smoke_cpu.json").read_text()
+    shown = capsys.readouterr().out
+    module(experiment).main(arguments)
+    assert (tmp_path / f"{experiment}_smoke_cpu.json").read_text() == found
+    assert capsys.readouterr().out == shown
+    assert json.loads(found)["points"]
+
+
+def test_gradcheck_finds_the_strategies_equal(module, tmp_path) -> None:
+    """Catches: a strategy whose mean gradient is another."""
+    module("gradcheck").main(["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)])
+    point = json.loads((tmp_path / "gradcheck_smoke_cpu.json").read_text())["points"]["gradcheck"]
+    assert set(point["differences"]) == {"vmap", "grouped_conv", "ghost", "book_keeping", "auto"}
+    assert all(found["float64"] < 1e-12 and found["float32"] < 1e-4 for found in point["differences"].values())
+
+
+def test_figures_are_drawn(module, tmp_path) -> None:
+    """Catches: a panel without points, or a picture that is not written."""
+    module("figures").main(
+        ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path), "--only", "figure1", "figure2"]
+    )
+    points = json.loads((tmp_path / "figure1_smoke_cpu.json").read_text())["points"]
+    assert {key.split("/")[0] for key in points} == {"2 layers", "3 layers", "4 layers"}
+    assert all(seconds > 0 for point in points.values() for seconds in point["seconds"].values())
+    assert (tmp_path / "figure1_smoke_cpu.png").stat().st_size > 10_000
+    assert (tmp_path / "figure2_smoke_cpu.png").stat().st_size > 10_000

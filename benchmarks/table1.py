@@ -1,0 +1,26 @@
+"""Table 1 of Rochette et al. 2019: AlexNet (B=16) and VGG16 (B=8) on images of 3×224×224 by every strategy.
+
+    python benchmarks/table1.py [--scale smoke|cpu|full]
+
+Rows of `clipped_grad.py`, by the paper's strategies: naive, `vmap` (multi), `grouped_conv` (crb); and ours.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import clipped_grad
+import runner
+
+CONTESTANTS = "non-private", "naive", "vmap", "grouped_conv", "ghost", "auto"
+ROWS = {"smoke": ["tiny"], "cpu": ["alexnet_224", "vgg16_224"], "full": ["alexnet_224", "vgg16_224"]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `clipped_grad` on the paper's two networks, into a file of its own."""
+    options = runner.parser("Table 1 of Rochette et al. 2019.", clipped_grad.EFFORTS).parse_args(argv)
+    chosen = ["--only", *ROWS[options.scale], "--contestants", *CONTESTANTS, "--optimizers", "--name", "table1"]
+    clipped_grad.main([*(sys.argv[1:] if argv is None else argv), *chosen])
+
+
+if __name__ == "__main__":
+    main()
