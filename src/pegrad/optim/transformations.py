@@ -1,26 +1,4 @@
-"""Functional optimizers: pure `(init, update)` pairs in the sense of optax, composed of short ones.
-
-An optimizer turns gradients into updates, and new parameters are `params + updates`. It is a pair:
-`init(params)` returns a state, and `update(grads, state, params)` returns the updates and the next state.
-Nothing is mutated. States are trees of tensors and plain Python integers.
-
-Updates are differentiable functions of what they are given, so parameters that require gradients (a module's
-own, say) want `detach()` first, or every step would keep the graph of all the steps before it.
-
-Long optimizers are chains of short ones; `adamw`, for one, is
-
-    chain(scale_by_adam(), add_decayed_weights(0.01), scale_by_learning_rate(1e-3))
-
-A learning rate is a number or a schedule: any function from the step, counted from 0, to a number.
-
->>> import torch
->>> optimizer = sgd(linear_warmup(0.1, steps=100), momentum=0.9)
->>> params = {"weight": torch.ones(2)}
->>> state = optimizer.init(params)
->>> grads = {"weight": torch.tensor([1.0, -1.0])}
->>> updates, state = optimizer.update(grads, state, params)
->>> params = apply_updates(params, updates)
-"""
+"""Pairs of pure functions that turn gradients into updates, and the chains that optimizers are."""
 
 import math
 from collections.abc import Callable
@@ -29,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from pegrad import trees
-from pegrad.errors import ArgumentError
+from pegrad.optim.schedules import Schedule, checked_rate, constant, expect
 from pegrad.trees import PyTree
 
 State = Any
-Schedule = Callable[[int], float]
 
 
 class GradientTransformation(NamedTuple):
@@ -200,7 +177,7 @@ def add_decayed_weights(weight_decay: float) -> GradientTransformation:
     Raises:
         ArgumentError: `weight_decay` is negative or not finite.
     """
-    _expect(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "a finite number at least 0")
+    expect(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "a finite number at least 0")
     if weight_decay == 0:
         return chain()
 
@@ -227,8 +204,8 @@ def trace(momentum: float, *, nesterov: bool = False) -> GradientTransformation:
     Source:
         Sutskever et al. 2013, Section 2, in the form of `torch.optim.SGD` (learning rate outside of the sum).
     """
-    _expect(0 <= momentum < 1, "momentum", momentum, "a number in [0, 1)")
-    _expect(momentum > 0 or not nesterov, "momentum", momentum, "above 0 when nesterov=True")
+    expect(0 <= momentum < 1, "momentum", momentum, "a number in [0, 1)")
+    expect(momentum > 0 or not nesterov, "momentum", momentum, "above 0 when nesterov=True")
     if momentum == 0:
         return chain()
 
@@ -259,9 +236,9 @@ def scale_by_adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> G
     Source:
         Kingma and Ba 2015, Algorithm 1, with its correction of the bias towards 0.
     """
-    _expect(0 <= b1 < 1, "b1", b1, "a number in [0, 1)")
-    _expect(0 <= b2 < 1, "b2", b2, "a number in [0, 1)")
-    _expect(0 < eps < math.inf, "eps", eps, "a finite number above 0")
+    expect(0 <= b1 < 1, "b1", b1, "a number in [0, 1)")
+    expect(0 <= b2 < 1, "b2", b2, "a number in [0, 1)")
+    expect(0 < eps < math.inf, "eps", eps, "a finite number above 0")
 
     def init(params: PyTree) -> AdamState:
         return AdamState(0, _zeros_like(params), _zeros_like(params))
@@ -296,95 +273,11 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransform
     schedule = learning_rate if callable(learning_rate) else constant(learning_rate)
 
     def update(grads: PyTree, step: int, params: PyTree) -> tuple[PyTree, int]:
-        rate = _checked_rate(schedule(step))
+        rate = checked_rate(schedule(step))
         return trees.map(lambda grad: -rate * grad, grads), step + 1
 
     return GradientTransformation(lambda params: 0, update)
 
 
-def constant(learning_rate: float) -> Schedule:
-    """Return one learning rate at every step.
-
-    Args:
-        learning_rate: a number at least 0.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        ArgumentError: the learning rate is negative or not finite.
-    """
-    _checked_rate(learning_rate)
-    return lambda step: learning_rate
-
-
-def cosine_decay(peak: float, steps: int, final: float = 0.0) -> Schedule:
-    """Fall from `peak` to `final` along half a cosine over `steps` steps, and stay there.
-
-    Args:
-        peak: the learning rate at step 0, at least 0.
-        steps: how many steps the fall takes, at least 1.
-        final: the learning rate from step `steps` on, at least 0.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        ArgumentError: an argument is outside its bounds.
-
-    Source:
-        Loshchilov and Hutter 2017, Equation 5, without restarts.
-
-    >>> [round(cosine_decay(1.0, steps=2)(step), 3) for step in range(4)]
-    [1.0, 0.5, 0.0, 0.0]
-    """
-    _checked_rate(peak, "peak")
-    _checked_rate(final, "final")
-    _expect(steps >= 1, "steps", steps, "at least 1")
-
-    def schedule(step: int) -> float:
-        return final + (peak - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
-
-    return schedule
-
-
-def linear_warmup(then: float | Schedule, steps: int) -> Schedule:
-    """Rise in a straight line over `steps` steps, then follow another schedule from its beginning.
-
-    The first step already moves: under differential privacy a step at learning rate 0 would spend privacy for
-    nothing.
-
-    Args:
-        then: the learning rate after the rise: a number at least 0, or a schedule, told the steps since then.
-        steps: how many steps stay below the peak, at least 0.
-
-    Returns:
-        The schedule, whose value is `then(0) * (step + 1) / (steps + 1)` while it rises.
-
-    Raises:
-        ArgumentError: an argument is outside its bounds.
-
-    >>> [linear_warmup(1.0, steps=3)(step) for step in range(5)]
-    [0.25, 0.5, 0.75, 1.0, 1.0]
-    """
-    schedule = then if callable(then) else constant(then)
-    _expect(steps >= 0, "steps", steps, "at least 0")
-
-    def warmed_up(step: int) -> float:
-        return schedule(max(step - steps, 0)) * min((step + 1) / (steps + 1), 1.0)
-
-    return warmed_up
-
-
-def _checked_rate(rate: float, name: str = "learning_rate") -> float:
-    _expect(0 <= rate < math.inf, name, rate, "a finite number at least 0")
-    return rate
-
-
 def _zeros_like(params: PyTree) -> PyTree:
     return trees.map(torch.zeros_like, params)
-
-
-def _expect(condition: bool, name: str, value: float, expected: str) -> None:
-    if not condition:
-        raise ArgumentError(f"Expected {name} to be {expected}, got {name}={value}.")

@@ -1,0 +1,94 @@
+"""Learning rates that change: a schedule is any function from the step, counted from 0, to a number."""
+
+import math
+from collections.abc import Callable
+
+from pegrad.errors import ArgumentError
+
+Schedule = Callable[[int], float]
+
+
+def constant(learning_rate: float) -> Schedule:
+    """Return one learning rate at every step.
+
+    Args:
+        learning_rate: a number at least 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ArgumentError: the learning rate is negative or not finite.
+    """
+    checked_rate(learning_rate)
+    return lambda step: learning_rate
+
+
+def cosine_decay(peak: float, steps: int, final: float = 0.0) -> Schedule:
+    """Fall from `peak` to `final` along half a cosine over `steps` steps, and stay there.
+
+    Args:
+        peak: the learning rate at step 0, at least 0.
+        steps: how many steps the fall takes, at least 1.
+        final: the learning rate from step `steps` on, at least 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    Source:
+        Loshchilov and Hutter 2017, Equation 5, without restarts.
+
+    >>> [round(cosine_decay(1.0, steps=2)(step), 3) for step in range(4)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    checked_rate(peak, "peak")
+    checked_rate(final, "final")
+    expect(steps >= 1, "steps", steps, "at least 1")
+
+    def schedule(step: int) -> float:
+        return final + (peak - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+    return schedule
+
+
+def linear_warmup(then: float | Schedule, steps: int) -> Schedule:
+    """Rise in a straight line over `steps` steps, then follow another schedule from its beginning.
+
+    The first step already moves: under differential privacy a step at learning rate 0 would spend privacy for
+    nothing.
+
+    Args:
+        then: the learning rate after the rise: a number at least 0, or a schedule, told the steps since then.
+        steps: how many steps stay below the peak, at least 0.
+
+    Returns:
+        The schedule, whose value is `then(0) * (step + 1) / (steps + 1)` while it rises.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    >>> [linear_warmup(1.0, steps=3)(step) for step in range(5)]
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    schedule = then if callable(then) else constant(then)
+    expect(steps >= 0, "steps", steps, "at least 0")
+
+    def warmed_up(step: int) -> float:
+        return schedule(max(step - steps, 0)) * min((step + 1) / (steps + 1), 1.0)
+
+    return warmed_up
+
+
+def checked_rate(rate: float, name: str = "learning_rate") -> float:
+    """Return a learning rate that is finite and not negative; raise `ArgumentError` for any other."""
+    expect(0 <= rate < math.inf, name, rate, "a finite number at least 0")
+    return rate
+
+
+def expect(condition: bool, name: str, value: float, expected: str) -> None:
+    """Raise `ArgumentError` unless an argument is what was expected."""
+    if not condition:
+        raise ArgumentError(f"Expected {name} to be {expected}, got {name}={value}.")
