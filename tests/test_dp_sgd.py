@@ -1,6 +1,7 @@
 """The step: what noise it adds, that it is stateless, and that other people's optimizers fit."""
 
 import io
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from scipy import stats
 
 import pegrad
 from pegrad import optim, random
+from pegrad.per_example import ClippedGrad
 
 SIZE = 20_000
 CLIP = 0.5
@@ -49,7 +51,31 @@ def test_noise_follows_the_stated_law():
         assert stats.kstest(leaf.flatten().numpy() / 0.3, "norm").pvalue > 1e-3
         assert stats.kstest(leaf.flatten().numpy() / 0.2, "norm").pvalue < 1e-6
         assert stats.kstest(leaf.flatten().numpy() / 0.45, "norm").pvalue < 1e-6
-    assert pegrad.add_noise(random.key(5), grads, 0.0) is grads
+    assert all(
+        a is b for a, b in zip(pegrad.add_noise(random.key(5), grads, 0.0).values(), grads.values(), strict=True)
+    )
+
+
+def test_noise_makes_no_second_copy_of_the_model(monkeypatch):
+    """Catches: clean gradients that stay until the last noisy one is made."""
+    clean: list[weakref.ref] = []
+    alive: list[int] = []
+    draw, clip = random.normal, ClippedGrad.__call__
+
+    def clip_and_watch(*args):
+        clipped = clip(*args)
+        clean.extend(weakref.ref(leaf) for leaf in clipped.grads.values())
+        return clipped
+
+    def draw_and_count(*args, **kwargs):
+        alive.append(sum(leaf() is not None for leaf in clean))
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(ClippedGrad, "__call__", clip_and_watch)
+    monkeypatch.setattr(random, "normal", draw_and_count)
+    step = make()
+    step(PARAMS, step.init(PARAMS, random.key(1)), BATCH)
+    assert alive == [2, 1]
 
 
 def test_no_value_is_shared_by_leaves_steps_or_keys():

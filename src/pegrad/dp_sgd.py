@@ -1,7 +1,7 @@
 """The stateless step of differentially private SGD: clip, add noise, update."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ def add_noise(key: Tensor, grads: PyTree, std: float) -> PyTree:
         std: standard deviation, >= 0: noise multiplier times sensitivity.
 
     Returns:
-        A pytree like `grads`; `grads` itself for `std` 0.
+        A pytree like `grads`; its very leaves for `std` 0.
 
     Raises:
         ArgumentError: `std` is negative or not finite.
@@ -69,9 +69,15 @@ def add_noise(key: Tensor, grads: PyTree, std: float) -> PyTree:
     """
     if not 0 <= std < float("inf"):
         raise ArgumentError(f"Expected std to be a finite number >= 0, got std={std}")
-    if std == 0:
-        return grads
-    return trees.map(lambda noise, grad: noise.mul_(std).add_(grad), random.tree_normal(key, grads), grads)
+    leaves, spec = trees.flatten(grads)
+    _add_noise(random.each_normal(key, grads), leaves, std)
+    return trees.unflatten(spec, leaves)
+
+
+def _add_noise(noise: Iterator[Tensor], leaves: list[Tensor], std: float) -> None:
+    """Put noisy leaves into a list in place of the clean ones: two copies of one leaf at a time, never of all."""
+    for index, drawn in enumerate(noise if std else ()):
+        leaves[index] = drawn.mul_(std).add_(leaves[index])
 
 
 def dp_sgd(
@@ -182,9 +188,11 @@ class DPSGD:
         with torch.no_grad():
             params = trees.map(Tensor.detach, params)
             grads, *seen = self.clipped_grad(params, batch, mask)
-            std = self.noise_multiplier * self.clipped_grad.sensitivity
-            grads = add_noise(random.fold_in(state.key, state.step), grads, std)
-            updates, optimizer = self.update(grads, state.optimizer, params)
+            noise = random.each_normal(random.fold_in(state.key, state.step), grads)
+            leaves, spec = trees.flatten(grads)
+            del grads  # lets each leaf go as its noisy one comes
+            _add_noise(noise, leaves, self.noise_multiplier * self.clipped_grad.sensitivity)
+            updates, optimizer = self.update(trees.unflatten(spec, leaves), state.optimizer, params)
             params = trees.map(lambda p, u: p + u.to(p.dtype), params, updates)
         return Step(params, State(state.key, state.step + 1, optimizer), Metrics(*seen))
 

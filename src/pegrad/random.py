@@ -18,7 +18,7 @@ import hashlib
 import math
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -224,16 +224,22 @@ def tree_normal(key: Tensor, tree: trees.PyTree) -> trees.PyTree:
         ArgumentError: `key` is not a key.
         LeafError: a leaf is not a tensor of float64, float32, bfloat16 or float16.
     """
-    leaves, spec = trees.flatten(tree)
+    return trees.unflatten(trees.flatten(tree)[1], list(each_normal(key, tree)))
+
+
+def each_normal(key: Tensor, tree: trees.PyTree) -> Iterator[Tensor]:
+    """Draw the leaves of `tree_normal` one by one, each when it is asked for; arguments and errors are the same."""
+    leaves = trees.leaves(tree)
     for path, leaf in zip(trees.paths(tree), leaves, strict=True):
         if not isinstance(leaf, Tensor) or leaf.dtype not in _PRECISION:
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise LeafError(f"Expected a floating-point tensor at leaf {path}, got {kind}.")
-    noise = [
-        normal(fold_in(key, index), leaf.shape, dtype=leaf.dtype, device=leaf.device)
-        for index, leaf in enumerate(leaves)
-    ]
-    return trees.unflatten(spec, noise)
+    looks = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]  # holds no leaf
+    check_key(key)
+    return (
+        normal(fold_in(key, index), shape, dtype=dtype, device=device)
+        for index, (shape, dtype, device) in enumerate(looks)
+    )
 
 
 def permutation(key: Tensor, n: int) -> Tensor:
