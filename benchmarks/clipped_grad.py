@@ -32,8 +32,17 @@ TITLE = "Clipped gradient over non-private gradient"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is missing, then show all of it."""
-    options = _options(argv)
+    """Run the experiment that a command line asks for."""
+    compare(_options(argv))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Measure what is missing, then show all of it.
+
+    Args:
+        options: of the runner's parser, and `only`, the workloads; `contestants`; `optimizers` of whole steps; and
+            `name`, what the results' files are called.
+    """
     workloads = {name: SCALES[options.scale][name] for name in options.only}
     contestants = [name for name in CONTESTANTS if name in {BASELINE, *options.contestants}]
     gradients = {(row, name): f"gradient/{row}/{name}" for row in workloads for name in contestants}
@@ -68,7 +77,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="these workloads; all of the scale's")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], help="these; all")
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=[*OPTIMIZERS], help="these; all")
-    parser.add_argument("--name", default="clipped_grad", help="what the results' files are called (%(default)s)")
+    parser.set_defaults(name="clipped_grad")
     options = runner.parse(parser, argv)
     known = [*SCALES[options.scale]]
     options.only = options.only or known

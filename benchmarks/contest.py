@@ -7,9 +7,9 @@ import torch
 
 from contestants import BASELINE, CONTESTANTS, REFERENCE
 from isolation import FailedError, in_own_process, peak
-from pegrad.comparison import relative_difference
+from pegrad.comparison import relative_difference, timed
 from pegrad.trees import PyTree
-from runner import Effort, Point, spread, timed
+from runner import Effort, Point, spread
 from workloads import Task, Workload
 
 CLIP_NORM = 1.0

@@ -16,9 +16,9 @@ from pegrad.strategies import STRATEGIES
 from runner import Effort, Results
 
 EFFORTS = {
-    "smoke": Effort(rounds=1, step_rounds=0, budget=0, limit=0),
-    "cpu": Effort(rounds=3, step_rounds=0, budget=0, limit=0),
-    "full": Effort(rounds=20, step_rounds=0, budget=0, limit=0),
+    "smoke": Effort(rounds=1),
+    "cpu": Effort(rounds=3),
+    "full": Effort(rounds=20),
 }
 IMAGE_SIZES = {"smoke": 16, "cpu": 32, "full": 256}
 CHANNELS = {"smoke": 2, "cpu": 25, "full": 25}

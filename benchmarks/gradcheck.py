@@ -20,7 +20,7 @@ from pegrad.strategies import STRATEGIES
 from pegrad.trees import PyTree
 from runner import Effort, Point, Results
 
-_ONCE = Effort(rounds=1, step_rounds=0, budget=0, limit=0)
+_ONCE = Effort(rounds=1)
 IMAGE_SIZES = {"smoke": 8, "cpu": 32, "full": 256}
 BATCHES, BATCH_SIZE = 5, 8
 

@@ -15,13 +15,14 @@ import runner
 from contest import CLIP_NORM
 from contestants import by_strategy
 from isolation import in_own_process, peak
-from runner import Effort, Point, Results, spread, timed
+from pegrad.comparison import timed
+from runner import Effort, Point, Results, spread
 from workloads import SCALES, TABLE, Workload
 
 EFFORTS = {
-    "smoke": Effort(rounds=1, step_rounds=0, budget=0, limit=60),
-    "cpu": Effort(rounds=3, step_rounds=0, budget=0, limit=300),
-    "full": Effort(rounds=15, step_rounds=0, budget=0, limit=300),
+    "smoke": Effort(rounds=1, limit=60),
+    "cpu": Effort(rounds=3),
+    "full": Effort(rounds=15),
 }
 WORKLOADS = {"smoke": SCALES["smoke"]["tiny"], "cpu": TABLE["wrn16_4"], "full": TABLE["wrn16_4"]}
 

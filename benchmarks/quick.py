@@ -16,9 +16,9 @@ from pegrad.strategies import STRATEGIES
 from runner import Effort, Results
 
 EFFORTS = {
-    "smoke": Effort(rounds=1, step_rounds=0, budget=0, limit=0),
-    "cpu": Effort(rounds=15, step_rounds=0, budget=0, limit=0),
-    "full": Effort(rounds=50, step_rounds=0, budget=0, limit=0),
+    "smoke": Effort(rounds=1),
+    "cpu": Effort(rounds=15),
+    "full": Effort(rounds=50),
 }
 SIZES = {"channels": 25, "layers": 2, "kernel_size": 5, "image_size": 32}
 BATCH_SIZE = 10

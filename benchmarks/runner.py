@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -41,11 +40,11 @@ class Effort(NamedTuple):
 
     rounds: int
     """Rounds in which a contestant and the non-private gradient take turns."""
-    step_rounds: int
+    step_rounds: int = 0
     """Rounds in which a whole step and its parts take turns."""
-    budget: float
+    budget: float = 0
     """Seconds after which a contestant that is not ours gets no further round; it always gets one."""
-    limit: float
+    limit: float = 300
     """Seconds after which the process of a contestant is ended."""
 
 
@@ -139,15 +138,6 @@ def run(points: Mapping[str, Callable[[], Point]], results: Results) -> None:
             results.add(key, measure())
 
 
-def timed(function: Callable[[], Any], device: str) -> tuple[Any, float]:
-    """Call a function, and return its value and the seconds that it took; a GPU is waited for on both sides."""
-    _wait_for(device)
-    start = time.perf_counter()
-    value = function()
-    _wait_for(device)
-    return value, time.perf_counter() - start
-
-
 def spread(values: Iterable[float]) -> Point:
     """Return the median of numbers, and their quartiles as `low` and `high`."""
     low, middle, high = np.percentile(list(values), [25, 50, 75]).tolist()
@@ -192,8 +182,3 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.stdout.strip()
-
-
-def _wait_for(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()

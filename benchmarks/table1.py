@@ -5,7 +5,6 @@
 Rows of `clipped_grad.py`, by the paper's strategies: naive, `vmap` (multi), `grouped_conv` (crb); and ours.
 """
 
-import sys
 from collections.abc import Sequence
 
 import clipped_grad
@@ -16,10 +15,12 @@ ROWS = {"smoke": ["tiny"], "cpu": ["alexnet_224", "vgg16_224"], "full": ["alexne
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `clipped_grad` on the paper's two networks, into a file of its own."""
-    options = runner.parser("Table 1 of Rochette et al. 2019.", clipped_grad.EFFORTS).parse_args(argv)
-    chosen = ["--only", *ROWS[options.scale], "--contestants", *CONTESTANTS, "--optimizers", "--name", "table1"]
-    clipped_grad.main([*(sys.argv[1:] if argv is None else argv), *chosen])
+    """Run `clipped_grad` on the paper's two networks, into files of their own."""
+    parser = runner.parser("Table 1 of Rochette et al. 2019.", clipped_grad.EFFORTS)
+    parser.set_defaults(name="table1", contestants=CONTESTANTS, optimizers=())
+    options = runner.parse(parser, argv)
+    options.only = ROWS[options.scale]
+    clipped_grad.compare(options)
 
 
 if __name__ == "__main__":

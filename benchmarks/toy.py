@@ -1,6 +1,7 @@
 """The toy network of Rochette et al.: one batch, every strategy in turns."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,10 +51,10 @@ def measure(
     """
     loss, params, batch = problem(sizes, batch_size, device)
     gradient = mean_grad(loss)
-    functions: dict[str, Callable[[], Any]] = {BASELINE: lambda: gradient(params, batch)}
+    functions: dict[str, Callable[[], Any]] = {BASELINE: partial(gradient, params, batch)}
     for name, strategy in strategies.items():
         clipped = pegrad.clipped_grad(loss, clip_norm=1.0, strategy=strategy)
-        functions[name] = lambda clipped=clipped: clipped(params, batch)  # type: ignore[misc]
+        functions[name] = partial(clipped, params, batch)
     times = interleaved(functions, rounds, device)
     return {
         "seconds": {name: spread(own)["median"] for name, own in times.items()},

@@ -102,14 +102,27 @@ def interleaved(
     """
     if repeats < 1:
         raise ArgumentError(f"Expected repeats >= 1, got repeats={repeats}")
-    device = torch.device(device)
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            times[name].append(_seconds(function, device))
+            times[name].append(timed(function, device)[1])
     return times
+
+
+def timed(function: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[Any, float]:
+    """Call a function, and return its value and the seconds that it took.
+
+    Args:
+        function: what to call.
+        device: where it computes; a CUDA device is waited for before both looks at the clock.
+    """
+    _wait_for(device)
+    start = time.perf_counter()
+    value = function()
+    _wait_for(device)
+    return value, time.perf_counter() - start
 
 
 def ratios(times: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
@@ -166,16 +179,8 @@ def _call(function: Callable[[PyTree, PyTree], Any], params: PyTree, batch: PyTr
     return lambda: function(params, batch)
 
 
-def _seconds(function: Callable[[], Any], device: torch.device) -> float:
-    _wait_for(device)
-    start = time.perf_counter()
-    function()
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
+def _wait_for(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
