@@ -6,22 +6,22 @@ prints two tables, and writes what was measured as JSON and as a picture. See `b
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import plotting
+import report
 import runner
 from contest import CLIP_NORM, contest
-from contestants import BASELINE, CONTESTANTS, REFERENCE
+from contestants import BASELINE, CONTESTANTS
 from runner import Effort, Point, Results
 from whole_step import OPTIMIZERS, whole_step
-from workloads import SCALES, Workload
+from workloads import SCALES
 
 EFFORTS = {
     "smoke": Effort(rounds=2, step_rounds=2, budget=1, limit=60),
@@ -65,10 +65,11 @@ def compare(options: argparse.Namespace) -> None:
     console = Console(width=max(Console().width, 110))
     measured = {row: {name: results[gradients[row, name]] for name in contestants} for row in workloads}
     for row, points in measured.items():
-        console.print(_gradient_table(_caption(row, workloads[row]), points))
+        console.print(report.gradient_table(report.caption(row, workloads[row]), points))
     for (row, name), key in steps.items():
-        console.print(_step_table(f"Whole step by {name}: {_caption(row, workloads[row])}", results[key]))
-    _picture(measured, workloads, results).savefig(stem.with_suffix(".png"))
+        console.print(_step_table(f"Whole step by {name}: {report.caption(row, workloads[row])}", results[key]))
+    note = f"{results.where()}. Dots: medians over the rounds; bars: quartiles."
+    plotting.ratio_dots(report.ratios(measured, workloads), TITLE, note).savefig(stem.with_suffix(".png"))
     console.print(f"{stem}.json, {stem}.png", soft_wrap=True)
 
 
@@ -86,71 +87,15 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _gradient_table(title: str, points: Mapping[str, Point]) -> Table:
-    table = _table(title, "clipped gradient", "seconds", "× non-private", "rounds", "peak MB", "× memory", "difference")
-    for name, point in points.items():
-        if "failure" in point:
-            table.add_row(name, *[""] * 5, point["failure"], style="dim")
-            continue
-        difference = point["difference"]
-        table.add_row(
-            name,
-            f"{runner.spread(point['seconds'])['median']:.3f}",
-            _with_quartiles(point["ratio"]),
-            str(len(point["seconds"])),
-            _megabytes(point["peak_bytes"]),
-            f"{point['peak_bytes'] / point['baseline_peak_bytes']:.2f}" if point["peak_bytes"] else "",
-            "reference" if name == REFERENCE else "" if difference is None else f"{difference:.1e}",
-        )
-    return table
-
-
 def _step_table(title: str, point: Point) -> Table:
-    table = _table(title, "part", "seconds", "× non-private step", "peak MB")
+    made = report.table(title, "part", "seconds", "× non-private step", "peak MB")
     if "failure" in point:
-        table.add_row("(all)", point["failure"])
+        made.add_row("(all)", point["failure"])
     for name, part in point.get("parts", {}).items():
-        table.add_row(name, f"{part['seconds']:.4f}", _with_quartiles(part["ratio"]), _megabytes(part["peak_bytes"]))
-    return table
-
-
-def _table(title: str, first: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    table.add_column(first, no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _with_quartiles(ratio: Point) -> str:
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"
-
-
-def _picture(
-    measured: Mapping[str, Mapping[str, Point]], workloads: Mapping[str, Workload], results: Results
-) -> Figure:
-    times: plotting.Ratios = {}
-    memories: plotting.Ratios = {}
-    for row, points in measured.items():
-        ran = {name: point for name, point in points.items() if name != BASELINE and "failure" not in point}
-        caption = _caption(row, workloads[row])
-        times[caption] = {n: (p["ratio"]["median"], p["ratio"]["low"], p["ratio"]["high"]) for n, p in ran.items()}
-        memories[caption] = {
-            n: (p["peak_bytes"] / p["baseline_peak_bytes"],) * 3 for n, p in ran.items() if p["peak_bytes"]
-        }
-    machine = results.header["machine"]
-    on_cpu = results.header["device"] == "cpu"
-    where = f"{machine['processor']}, threads: {machine['threads']}" if on_cpu else machine["accelerator"]
-    note = f"{where}; PyTorch {machine['torch']}. Dots: medians over the rounds; bars: quartiles."
-    return plotting.ratio_dots({"time": times, "peak memory": memories}, TITLE, note)
-
-
-def _caption(row: str, workload: Workload) -> str:
-    return f"{row}, B={workload.batch_size}, {workload.image_size}²"
-
-
-def _megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.0f}"
+        made.add_row(
+            name, f"{part['seconds']:.4f}", report.with_quartiles(part["ratio"]), report.megabytes(part["peak_bytes"])
+        )
+    return made
 
 
 if __name__ == "__main__":

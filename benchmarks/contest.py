@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from contestants import BASELINE, CONTESTANTS, REFERENCE
+from contestants import BASELINE, EVERYONE, REFERENCE
 from isolation import FailedError, in_own_process, peak
 from pegrad.comparison import relative_difference, timed
 from pegrad.trees import PyTree
@@ -20,7 +20,7 @@ def contest(name: str, row: str, workload: Workload, effort: Effort, device: str
     """Measure a contestant in a process of its own.
 
     Args:
-        name: a key of `CONTESTANTS`.
+        name: a key of `EVERYONE`.
         row: the workload's name.
         workload: what is computed.
         effort: how many rounds, and how long.
@@ -36,7 +36,7 @@ def contest(name: str, row: str, workload: Workload, effort: Effort, device: str
         - `peak_bytes` and `baseline_peak_bytes`, None where the system cannot tell;
         - `warnings`.
     """
-    cpu_rows = CONTESTANTS[name].cpu_rows
+    cpu_rows = EVERYONE[name].cpu_rows
     if device == "cpu" and cpu_rows is not None and row not in cpu_rows:
         return {"failure": f"takes minutes on a CPU; run on {', '.join(cpu_rows)}"}
     arguments = name, workload, effort, device, references
@@ -48,11 +48,11 @@ def contest(name: str, row: str, workload: Workload, effort: Effort, device: str
 
 def _contest(name: str, workload: Workload, effort: Effort, device: str, references: Path) -> Point:
     task = workload.task(device)
-    make, family = CONTESTANTS[name].make, CONTESTANTS[name].family
+    make, family = EVERYONE[name].make, EVERYONE[name].family
     clips = family != "floor"
     difference = _difference_in_float64(name, task, references / "float64.pt") if clips else None
 
-    baseline = CONTESTANTS[BASELINE].make
+    baseline = EVERYONE[BASELINE].make
     for first in (baseline, make):
         first(task.first(FEW), CLIP_NORM)()
     theirs, ours = baseline(task, CLIP_NORM), make(task, CLIP_NORM)
@@ -72,14 +72,14 @@ def _contest(name: str, workload: Workload, effort: Effort, device: str, referen
         "seconds": [own for _, own in rounds],
         "baseline_seconds": [base for base, _ in rounds],
         "ratio": spread(own / base for base, own in rounds),
-        "peak_bytes": own_peak if device == "cpu" or CONTESTANTS[name].torch_memory else None,
+        "peak_bytes": own_peak if device == "cpu" or EVERYONE[name].torch_memory else None,
         "baseline_peak_bytes": base_peak,
     }
 
 
 def _difference_in_float64(name: str, task: Task, reference: Path) -> float:
     few = task.first(FEW).to(torch.float64)
-    return relative_difference(CONTESTANTS[name].make(few, CLIP_NORM)(), _reference(few, reference))
+    return relative_difference(EVERYONE[name].make(few, CLIP_NORM)(), _reference(few, reference))
 
 
 def _reference(task: Task, path: Path) -> PyTree:
@@ -87,7 +87,7 @@ def _reference(task: Task, path: Path) -> PyTree:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
-        torch.save(CONTESTANTS[REFERENCE].make(task, CLIP_NORM)(), unfinished)
+        torch.save(EVERYONE[REFERENCE].make(task, CLIP_NORM)(), unfinished)
         unfinished.replace(path)
     return torch.load(path)
 

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 import native
 import pegrad
+from choices import GhostOnly, InstantiateOnly, PublishedRule
 from jax_peers import jax_gradient, jax_privacy
 from peers import backpack, opacus_ghost, opacus_hooks
+from pegrad.strategies import Strategy
 from pegrad.trees import PyTree
 from workloads import Task
 
@@ -45,14 +47,14 @@ def native_gradient(task: Task, clip_norm: float) -> Callable[[], PyTree]:
 
 
 def by_strategy(
-    task: Task, clip_norm: float, strategy: str, microbatch_size: int | None = None
+    task: Task, clip_norm: float, strategy: str | Strategy, microbatch_size: int | None = None
 ) -> Callable[[], PyTree]:
     """`pegrad.clipped_grad`."""
     clipped = pegrad.clipped_grad(task.loss, clip_norm=clip_norm, strategy=strategy, microbatch_size=microbatch_size)
     return lambda: clipped(task.params, task.batch).grads
 
 
-def _ours(strategy: str) -> Contestant:
+def _ours(strategy: str | Strategy) -> Contestant:
     return Contestant(partial(by_strategy, strategy=strategy), "ours")
 
 
@@ -79,3 +81,11 @@ CONTESTANTS: dict[str, Contestant] = {
     "JAX-Privacy": Contestant(jax_privacy, "peer", _JAX_CPU_ROWS, torch_memory=False),
     "JAX, non-private": Contestant(jax_gradient, "floor", _JAX_CPU_ROWS, torch_memory=False),
 }
+CHOICES: dict[str, Contestant] = {
+    "ghost only": _ours(GhostOnly()),
+    "instantiate only": _ours(InstantiateOnly()),
+    "mixed, published rule": _ours(PublishedRule()),
+}
+"""Ghost clipping by other choices than ours; they take part in `mixed_ghost` alone."""
+
+EVERYONE = CONTESTANTS | CHOICES

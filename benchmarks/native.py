@@ -118,21 +118,36 @@ _VGG_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 
 
 
 def resnet(depth: int) -> nn.Sequential:
-    """See `pegrad.models.resnet`; 18 and 34 layers."""
+    """See `pegrad.models.resnet`; 18, 34 and 50 layers."""
     conv, norm = partial(nn.Conv2d, bias=False), partial(nn.GroupNorm, 32)
+    bottlenecks = depth >= 50
+
+    def branch(before: int, width: int, stride: int) -> tuple[nn.Module, ...]:
+        if bottlenecks:
+            return (
+                *(conv(before, width, 1), norm(width), nn.ReLU()),
+                *(conv(width, width, 3, stride=stride, padding=1), norm(width), nn.ReLU()),
+                *(conv(width, 4 * width, 1), norm(4 * width)),
+            )
+        return (
+            *(conv(before, width, 3, stride=stride, padding=1), norm(width), nn.ReLU()),
+            *(conv(width, width, 3, padding=1), norm(width)),
+        )
+
     layers: list[nn.Module] = [conv(3, 64, 3, padding=1), norm(64), nn.ReLU()]
     before = 64
-    for stage, count in enumerate({18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[depth]):
-        after = 64 << stage
+    for stage, count in enumerate(_RESNET_BLOCKS[depth]):
+        width = 64 << stage
+        after = 4 * width if bottlenecks else width
         for stride in (1 if stage == 0 else 2, *[1] * (count - 1)):
             narrow = nn.Sequential(conv(before, after, 1, stride=stride), norm(after))
-            branch = nn.Sequential(
-                *(conv(before, after, 3, stride=stride, padding=1), norm(after), nn.ReLU()),
-                *(conv(after, after, 3, padding=1), norm(after)),
-            )
-            layers += [Residual(nn.Identity() if before == after else narrow, branch), nn.ReLU()]
+            skip = nn.Identity() if before == after else narrow
+            layers += [Residual(skip, nn.Sequential(*branch(before, width, stride))), nn.ReLU()]
             before = after
     return nn.Sequential(*layers, MeanPool(), nn.Linear(before, 10))
+
+
+_RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
 def wrn(depth: int, width: int) -> nn.Sequential:

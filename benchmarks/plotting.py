@@ -1,6 +1,6 @@
 """Pictures of the benchmarks; each function draws numbers that were measured, and knows nothing of how."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -25,6 +25,9 @@ MARKS = {
     "auto": Mark("#1f5fa8", "D", -0.2),
     "book_keeping": Mark("#4c9ed9", "s", -0.2),
     "ghost": Mark("#3a9a6b", "o", -0.2),
+    "ghost only": Mark("#8a6fb0", "^", 0),
+    "instantiate only": Mark("#8a6fb0", "v", 0),
+    "mixed, published rule": Mark("#8a6fb0", "D", 0),
     "grouped_conv": Mark("#6f6f6f", "P", 0),
     "vmap": Mark("#6f6f6f", "X", 0),
     "naive": Mark("#6f6f6f", "v", 0),
@@ -131,4 +134,79 @@ def runtime_lines(
     figure.axes[0].set_ylabel("seconds")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def choices(networks: Mapping[str, Sequence[Mapping[str, Any]]], title: str, note: str) -> Figure:
+    """Draw every layer where its T² and D p put it: its mark is the fastest kernel, the line is where the rule turns.
+
+    Args:
+        networks: by name, layers with `positions` T, `numbers` D p and `fastest`, the name of a kernel.
+        title: what was chosen.
+        note: how and on what it was measured.
+
+    Returns:
+        A figure with a panel for each network: left of the line, Bu, Mao & Xu's rule takes Gram matrices.
+    """
+    columns = min(4, len(networks))
+    rows = -(-len(networks) // columns)
+    figure = Figure(figsize=(3 + 2.8 * columns, 1.5 + 2.8 * rows), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=13, color=_INK)
+    figure.supxlabel(f"2 T²\n{note}", fontsize=9, color=_GREY)
+    figure.supylabel("D p", fontsize=9, color=_GREY)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    for axes in list(grid)[len(networks) :]:
+        axes.remove()
+    handles: dict[str, Any] = {}
+    for axes, (name, layers) in zip(figure.axes, networks.items(), strict=True):
+        axes.set(title=name, xscale="log", yscale="log")
+        axes.axline((1e3, 1e3), (1e6, 1e6), color=_INK, linewidth=1)
+        axes.spines[["top", "right"]].set_visible(False)
+        for layer in layers:
+            mark = _KERNELS[layer["fastest"]]
+            at = 2 * layer["positions"] ** 2, layer["numbers"]
+            style = {"color": mark.colour, "markerfacecolor": mark.colour if mark.filled else "white"}
+            (handles[layer["fastest"]],) = axes.plot(*at, mark.shape, markersize=7, **style)
+    order = [kernel for kernel in _KERNELS if kernel in handles]
+    figure.legend([handles[kernel] for kernel in order], order, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+# Gram matrices: filled and blue or green; stacked gradients: hollow and warm.
+_KERNELS = {
+    "gram": Mark("#1f5fa8", "D", 0),
+    "gram_unfolded": Mark("#4c9ed9", "s", 0),
+    "gram_box": Mark("#3a9a6b", "o", 0),
+    "product": Mark("#a08a1c", "D", 0, filled=False),
+    "unfold": Mark("#d1662a", "s", 0, filled=False),
+    "offset": Mark("#b03a6f", "o", 0, filled=False),
+    "grouped": Mark("#d1662a", "^", 0, filled=False),
+    "grouped_backward": Mark("#b03a6f", "v", 0, filled=False),
+    "loop": Mark("#6f6f6f", "P", 0, filled=False),
+}
+
+
+def accuracy_by_budget(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, note: str) -> Figure:
+    """Draw accuracies against privacy budgets.
+
+    Args:
+        lines: by name, the points `(epsilon, accuracy)`; the first is ours.
+        title: accuracy of what.
+        note: how it was measured.
+    """
+    figure = Figure(figsize=(7.5, 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=13, color=_INK)
+    figure.supxlabel(note, fontsize=8, color=_GREY)
+    axes = figure.subplots()
+    shapes = zip(lines.items(), "Dosv^", ("#1f5fa8", "#d1662a", "#b03a6f", "#a08a1c", _GREY), strict=False)
+    for (name, points), shape, colour in shapes:
+        axes.plot(*zip(*points, strict=True), marker=shape, color=colour, label=name)
+    axes.set(xscale="log", xlabel="ε")
+    ticks = sorted({epsilon for epsilon, _ in next(iter(lines.values()))})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1%}"))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.legend(frameon=False, fontsize=9)
     return figure

@@ -120,6 +120,12 @@ class Results:
     def __getitem__(self, key: str) -> Point:
         return self.points[key]
 
+    def where(self) -> str:
+        """Say in a line what the points were measured on: a picture's small print."""
+        machine, on_cpu = self.header["machine"], self.header["device"] == "cpu"
+        where = f"{machine['processor']}, threads: {machine['threads']}" if on_cpu else machine["accelerator"]
+        return f"{where}; PyTorch {machine['torch']}"
+
     def add(self, key: str, point: Point) -> None:
         """Write a point to the file; a run that is stopped while it does leaves the file as it was."""
         self.points[key] = point | {"date": datetime.now(UTC).isoformat(timespec="seconds"), **_commit()}

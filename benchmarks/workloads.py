@@ -76,21 +76,31 @@ class Workload:
         return Task(loss, params, (images.to(device), labels.to(device)), self.build)
 
 
-def _vgg(depth: int, batch_size: int) -> Workload:
+def small_cnn(batch_size: int) -> Workload:
+    """The small CNN at 32×32."""
+    return Workload(models.small_cnn, native.small_cnn, batch_size)
+
+
+def vgg(depth: int, batch_size: int) -> Workload:
+    """A VGG at 32×32."""
     return Workload(partial(models.vgg, depth), partial(native.vgg, depth), batch_size)
 
 
+def resnet(depth: int, batch_size: int) -> Workload:
+    """A ResNet with group norm at 32×32."""
+    return Workload(partial(models.resnet, depth), partial(native.resnet, depth), batch_size)
+
+
 _WRN = partial(models.wrn, 16, 4, weight_standardisation=False), partial(native.wrn, 16, 4)
-_RESNET18 = partial(models.resnet, 18), partial(native.resnet, 18)
 _VGG16_IMAGENET = partial(models.vgg_imagenet, 16), partial(native.vgg_imagenet, 16)
 
 # The rows of the tables, with the batch sizes that two cores and 24 GB can take.
 TABLE = {
-    "small_cnn": Workload(models.small_cnn, native.small_cnn, 256),
-    "vgg11": _vgg(11, 128),
-    "vgg16": _vgg(16, 128),
-    "vgg19": _vgg(19, 64),
-    "resnet18": Workload(*_RESNET18, 64),
+    "small_cnn": small_cnn(256),
+    "vgg11": vgg(11, 128),
+    "vgg16": vgg(16, 128),
+    "vgg19": vgg(19, 64),
+    "resnet18": resnet(18, 64),
     "wrn16_4": Workload(*_WRN, 64),
     "vit": Workload(models.vit, native.vit, 64),
     "alexnet_224": Workload(models.alexnet, native.alexnet, 16, 224, 1000),
@@ -102,7 +112,7 @@ _LARGE = {
 }
 
 SCALES: dict[str, dict[str, Workload]] = {
-    "smoke": {"tiny": Workload(models.small_cnn, native.small_cnn, 4)},
+    "smoke": {"tiny": small_cnn(4)},
     "cpu": TABLE,
     # On a GPU: the same rows, and those of 32x32 at the batch size of the literature.
     "full": TABLE | {name: large for name, large in _LARGE.items() if name != "small_cnn_b256"},

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pegrad
 from pegrad import models
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -104,7 +105,7 @@ def test_every_network_has_an_equal_module(module) -> None:
     # One of each family; at 224x224 and with 138 million parameters, the smallest image will do.
     chosen = {
         name: workloads.TABLE[name] for name in ("small_cnn", "vgg11", "resnet18", "wrn16_4", "vit", "alexnet_224")
-    }
+    } | {"resnet50": workloads.resnet(50, 2)}
     small = workloads.Workload(partial(models.vgg_imagenet, 11, image_size=32), partial(native.vgg_imagenet, 11), 2)
     for name, workload in (chosen | {"vgg11_imagenet": small}).items():
         task = replace(workload, batch_size=2).task("cpu")
@@ -178,7 +179,7 @@ def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) ->
     assert capsys.readouterr().out.count("longer than 0.01 s") == 3
 
 
-@pytest.mark.parametrize("experiment", ["quick", "gradcheck", "nanobatch", "table1"])
+@pytest.mark.parametrize("experiment", ["quick", "gradcheck", "nanobatch", "table1", "operations", "mnist"])
 def test_small_experiments_run_through_and_resume(module, experiment, tmp_path, capsys) -> None:
     """Catches: an experiment that has no longer what it measures, or measures again what it has."""
     arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
@@ -209,3 +210,52 @@ def test_figures_are_drawn(module, tmp_path) -> None:
     assert all(seconds > 0 for point in points.values() for seconds in point["seconds"].values())
     assert (tmp_path / "figure1_smoke_cpu.png").stat().st_size > 10_000
     assert (tmp_path / "figure2_smoke_cpu.png").stat().st_size > 10_000
+
+
+def test_mixed_ghost_finds_the_kernels_and_the_largest_batches(module, tmp_path) -> None:
+    """Catches: a choice that is not what its name says, a wrong clipped sum, a batch that does not fit."""
+    experiment = module("mixed_ghost")
+    experiment.main(["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)])
+    points = json.loads((tmp_path / "mixed_ghost_smoke_cpu.json").read_text())["points"]
+    for name in ("ghost only", "instantiate only", "mixed, published rule", "ghost", "book_keeping"):
+        assert points[f"time/tiny/{name}"]["difference"] < 1e-12
+        found = points[f"batch/tiny/{name}"]
+        assert found["tried"][str(found["largest"])] <= experiment.MEMORY["smoke"]
+    for layer in points["choice/tiny"]["layers"]:
+        assert layer["times"][layer["fastest"]] == min(layer["times"].values())
+        assert (layer["rule"] == "gram") == (2 * layer["positions"] ** 2 < layer["numbers"])
+    assert (tmp_path / "mixed_ghost_smoke_cpu.png").stat().st_size > 10_000
+    assert (tmp_path / "mixed_ghost_smoke_cpu_choice.png").stat().st_size > 10_000
+
+
+def test_choices_are_what_their_names_say(module) -> None:
+    """Catches: `ghost only` that stacks, `instantiate only` that does not, a published rule the wrong way round."""
+    choices = module("choices")
+    loss, params, batch, _ = module("workloads").vgg(11, 2).task("cpu")
+    for strategy, stacks in ((choices.GhostOnly(), {False}), (choices.InstantiateOnly(), {True})):
+        uses = pegrad.explain(loss, params, batch, strategy=strategy).uses
+        chosen = [c for use in uses for c in use.candidates if c.norm == use.norm and len(use.candidates) > 2]
+        assert {candidate.stacks for candidate in chosen} == stacks
+    uses = pegrad.explain(loss, params, batch, strategy=choices.PublishedRule()).uses
+    convolutions = [use for use in uses if use.operation.startswith("conv") and len(use.candidates) > 2]
+    assert not convolutions[0].norm.startswith("gram")  # T = 1024, D p = 27 * 64
+    assert convolutions[-1].norm.startswith("gram")  # T = 4, D p = 4608 * 512
+
+
+def test_scattering_moves_and_turns_with_the_image(module) -> None:
+    """Catches: wavelets off their centre, orientations out of order, an image that leaks around the border."""
+    scattering = module("scattering").scattering
+    image = torch.zeros(1, 29, 29, dtype=torch.float64)
+    image[0, 9:16, 11:18] = torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = scattering(image)
+    assert found.shape == (1, 81, 8, 8)
+    moved = scattering(image.roll((4, -4), (1, 2)))
+    torch.testing.assert_close(moved[..., 2:7, 1:6], found[..., 1:6, 2:7], rtol=0, atol=1e-3 * found.max().item())
+
+    turned = scattering(image.rot90(1, (1, 2))).rot90(-1, (-2, -1))
+    first, second = found[:, 1:17].reshape(1, 2, 8, 8, 8), found[:, 17:].reshape(1, 8, 8, 8, 8)
+    by_quarter = torch.cat(
+        [found[:, :1], first.roll(-4, 2).flatten(1, 2), second.roll((-4, -4), (1, 2)).flatten(1, 2)], 1
+    )
+    torch.testing.assert_close(turned, by_quarter, rtol=0, atol=1e-9)
+    assert scattering(torch.ones(1, 29, 29))[0, 1:, 4, 4].abs().max() < 1e-3  # no detail in the middle of a plain image

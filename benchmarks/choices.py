@@ -1,0 +1,73 @@
+"""Ghost clipping with other choices at a site than the cost model's: always one kind of kernel, or the published rule.
+
+Where a site has no such kernel, the only one it has is taken.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from math import prod
+
+from pegrad.rules.site import Shape, Site
+from pegrad.strategies import Ghost
+from pegrad.strategies.choice import Candidate, candidates
+from pegrad.tracing.trace import Tapped
+
+
+class _Chosen(Ghost):
+    """Ghost clipping that takes the cheapest kernel of one kind."""
+
+    @abstractmethod
+    def stacks(self, site: Site, tapped: Tapped) -> bool:
+        """Whether the norms come from stacked gradients, or else from Gram matrices."""
+
+    def choose(self, site: Site, tapped: Tapped) -> Candidate:
+        """See `Traced.choose`."""
+        found = candidates(site, tapped.x, tapped.y, self.timings)
+        of_kind = [candidate for candidate in found if candidate.stacks == self.stacks(site, tapped)]
+        return min(of_kind or found, key=lambda candidate: candidate.norm_time)
+
+    def choose_norm(self, site: Site, tapped: Tapped) -> Candidate:
+        """See `Traced.choose_norm`."""
+        return self.choose(site, tapped)
+
+
+@dataclass(frozen=True)
+class GhostOnly(_Chosen):
+    """Norms from Gram matrices, whatever they cost (Li et al. 2022)."""
+
+    def stacks(self, site: Site, tapped: Tapped) -> bool:
+        """Never."""
+        return False
+
+
+@dataclass(frozen=True)
+class InstantiateOnly(_Chosen):
+    """Norms from stacked gradients, dropped at once (Lee & Kifer 2021, FastGradClip)."""
+
+    def stacks(self, site: Site, tapped: Tapped) -> bool:
+        """Always."""
+        return True
+
+
+@dataclass(frozen=True)
+class PublishedRule(_Chosen):
+    """The one or the other by Bu, Mao & Xu 2022, Section 4: Gram matrices where 2 T² < D p."""
+
+    def stacks(self, site: Site, tapped: Tapped) -> bool:
+        """By the rule."""
+        return not prefers_ghost(site.source.shape, tapped.y)
+
+
+def prefers_ghost(weight: Shape, g: Shape) -> bool:
+    """Whether the published rule takes Gram matrices.
+
+    Args:
+        weight: shape of the parameter, `(p, ...)`, with D p numbers.
+        g: shape of the gradient at the output: `(B, p, *positions)` for a convolution, `(B, *positions, p)` otherwise.
+    """
+    return 2 * positions(weight, g) ** 2 < prod(weight)
+
+
+def positions(weight: Shape, g: Shape) -> int:
+    """T: at how many places of one example a weight is used."""
+    return prod(g[2:] if len(weight) > 2 else g[1:-1])

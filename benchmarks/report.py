@@ -1,0 +1,76 @@
+"""What contests measured, as tables and as the ratios that pictures draw."""
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+import plotting
+import runner
+from contestants import BASELINE, REFERENCE
+from runner import Point
+from workloads import Workload
+
+
+def caption(row: str, workload: Workload) -> str:
+    """Name a workload, its batch and its images."""
+    return f"{row}, B={workload.batch_size}, {workload.image_size}²"
+
+
+def gradient_table(title: str, points: Mapping[str, Point]) -> Table:
+    """Lay out what `contest` returned for each contestant, by name."""
+    made = table(title, "clipped gradient", "seconds", "× non-private", "rounds", "peak MB", "× memory", "difference")
+    for name, point in points.items():
+        if "failure" in point:
+            made.add_row(name, *[""] * 5, point["failure"], style="dim")
+            continue
+        difference = point["difference"]
+        made.add_row(
+            name,
+            f"{runner.spread(point['seconds'])['median']:.3f}",
+            with_quartiles(point["ratio"]),
+            str(len(point["seconds"])),
+            megabytes(point["peak_bytes"]),
+            f"{point['peak_bytes'] / point['baseline_peak_bytes']:.2f}" if point["peak_bytes"] else "",
+            "reference" if name == REFERENCE else "" if difference is None else f"{difference:.1e}",
+        )
+    return made
+
+
+def table(title: str, first: str, *headings: str) -> Table:
+    """Make a table whose numbers stand to the right."""
+    made = Table(title=title, title_justify="left", min_width=len(title))
+    made.add_column(first, no_wrap=True)
+    for heading in headings:
+        made.add_column(heading, justify="right")
+    return made
+
+
+def with_quartiles(ratio: Point) -> str:
+    """Write the spread of a ratio."""
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"
+
+
+def megabytes(count: int | None) -> str:
+    """Write bytes as megabytes, or nothing for None."""
+    return "" if count is None else f"{count / 1e6:.0f}"
+
+
+def ratios(
+    measured: Mapping[str, Mapping[str, Point]], workloads: Mapping[str, Workload]
+) -> dict[str, plotting.Ratios]:
+    """Gather time and peak memory over the non-private gradient's: `time` and `peak memory`, by caption and name.
+
+    Args:
+        measured: what `contest` returned, by row and contestant; failures are left out.
+        workloads: by row.
+    """
+    times: dict[str, dict[str, tuple[float, float, float]]] = {}
+    memories: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for row, points in measured.items():
+        ran = {name: point for name, point in points.items() if name != BASELINE and "failure" not in point}
+        place = caption(row, workloads[row])
+        times[place] = {n: (p["ratio"]["median"], p["ratio"]["low"], p["ratio"]["high"]) for n, p in ran.items()}
+        memories[place] = {
+            n: (p["peak_bytes"] / p["baseline_peak_bytes"],) * 3 for n, p in ran.items() if p["peak_bytes"]
+        }
+    return {"time": times, "peak memory": memories}
