@@ -26,6 +26,7 @@ from torch import Tensor
 
 import pegrad
 import plotting
+import report
 import runner
 from pegrad import accounting, data, optim, random, training, trees
 from pegrad.comparison import timed
@@ -207,9 +208,8 @@ def _show(paper: Point, ours: Mapping[float, list[Point]]) -> None:
     console = Console(width=100)
     table = Table("an epoch of the paper's network", "accuracy", "× time")
     table.add_row("non-private", f"{paper['non-private']:.2%}", "1")
-    ratio = paper["ratio"]
-    times = f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"
-    table.add_row(f"private, ε = {paper['epsilon']:.2f}", f"{paper['private']:.2%}", times)
+    shown = f"{paper['private']:.2%}", report.with_quartiles(paper["ratio"])
+    table.add_row(f"private, ε = {paper['epsilon']:.2f}", *shown)
     console.print(table)
     table = Table("ε", "test accuracy by seed", "mean", "batch", "epochs", "rate", "seconds", title=f"δ = {DELTA:g}")
     for epsilon, runs in ours.items():

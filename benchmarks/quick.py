@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+import report
 import runner
 import toy
 from pegrad.strategies import STRATEGIES
@@ -35,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     table = Table("clipped gradient", "milliseconds", "× non-private", title="25 channels, 2 layers, k=5, 32², B=10")
     for name, seconds in results["quick"]["seconds"].items():
-        ratio = results["quick"]["ratio"][name]
-        table.add_row(name, f"{1e3 * seconds:.1f}", f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})")
+        table.add_row(name, f"{1e3 * seconds:.1f}", report.with_quartiles(results["quick"]["ratio"][name]))
     Console(width=100).print(table)
     print(path)
 
