@@ -144,6 +144,27 @@ def test_stacked_gradients_are_never_held_where_they_would_be_large(strategy):
     assert largest.numbers <= 5 * max(leaf.numel() for leaf in params.values())  # stacked: 8 times
 
 
+def test_ghost_never_stacks_a_whole_batch(monkeypatch):
+    """Catches: gradients that are stacked for the norms, and held as if the sum were to be taken from them."""
+    monkeypatch.setattr("pegrad.strategies.book.BLOCK", 1 << 14)
+    params = {"conv": torch.randn(32, 32, 3, 3)}
+
+    def loss(params, image):
+        return F.conv2d(image, params["conv"], padding=1).square().sum()
+
+    batch = torch.randn(64, 32, 12, 12)
+    (use,) = pegrad.explain(loss, params, batch, strategy="ghost").uses
+    assert use.sum == "native"
+    assert not use.norm.startswith("gram")
+    for function in (
+        pegrad.clipped_grad(loss, clip_norm=1.0, strategy="ghost"),
+        pegrad.per_example_norm(loss, strategy="ghost"),
+    ):
+        with Largest() as largest:
+            function(params, batch)
+        assert largest.numbers <= batch.numel() < 64 * params["conv"].numel() / 1.9
+
+
 @pytest.mark.parametrize("strategy", pegrad.STRATEGIES)
 def test_nothing_waits_for_the_garbage_collector(strategy):
     """Catches: a circle of references that holds a step's activations until the collector comes by."""

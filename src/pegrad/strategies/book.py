@@ -178,7 +178,7 @@ class Norms:
         shapes = tuple(x.shape), tuple(g.shape)
         if not choice.stacks:
             self._squares.append(site.norming(*shapes)[choice.norm].run(x, g))
-        elif choice.keeps:
+        elif choice.keeps and self._keep:
             return self._enter_stacked(site.source, site.stacking(*shapes)[choice.norm].run(x, g))
         else:
             stacks = _stack_by_parts(site.stacking(*shapes)[choice.norm], site, x, g, self._batch)

@@ -90,7 +90,7 @@ def choose(site: Site, x: Shape, g: Shape, timings: Timings, *, keep: bool) -> C
     """
     options = candidates(site, x, g, timings)
     if not keep:
-        return min(options, key=lambda candidate: candidate.norm_time)
+        return min(options, key=lambda candidate: (candidate.norm_time, candidate.keeps))
     room = 2.5 * (prod(x) + prod(g))
     return next((c for c in options if c.numbers <= room), options[0])
 
