@@ -17,7 +17,7 @@ from rich.table import Table
 import plotting
 import report
 import runner
-from contest import CLIP_NORM, contest
+from contest import CLIP_NORM, contest, memory
 from contestants import BASELINE, CONTESTANTS
 from runner import Effort, Point, Results
 from whole_step import OPTIMIZERS, whole_step
@@ -41,36 +41,42 @@ def compare(options: argparse.Namespace) -> None:
 
     Args:
         options: of the runner's parser, and `only`, the workloads; `contestants`; `optimizers` of whole steps; and
-            `name`, what the results' files are called.
+            `picture`, what the picture is called. The points' file is one for all such choices.
     """
     workloads = {name: SCALES[options.scale][name] for name in options.only}
     contestants = [name for name in CONTESTANTS if name in {BASELINE, *options.contestants}]
-    gradients = {(row, name): f"gradient/{row}/{name}" for row in workloads for name in contestants}
+    lines = [(row, name) for row in workloads for name in contestants]
     steps = {(row, name): f"step/{row}/{name}" for row in workloads for name in options.optimizers}
 
-    stem = options.out / f"{options.name}_{options.scale}_{options.device}"
+    path = options.out / f"clipped_grad_{options.scale}_{options.device}.json"
+    picture = options.out / f"{options.picture}_{options.scale}_{options.device}.png"
     settings = {"clip_norm": CLIP_NORM, "allocator": options.allocator, **options.effort._asdict()}
-    results = Results(stem.with_suffix(".json"), settings, options.device, fresh=options.fresh)
+    results = Results(path, settings, options.device, fresh=options.fresh)
     how = {"effort": options.effort, "device": options.device}
     with TemporaryDirectory() as folder:
-        runner.run(
-            {
-                key: partial(contest, name, row, workloads[row], **how, references=Path(folder, row))
-                for (row, name), key in gradients.items()
-            }
-            | {key: partial(whole_step, name, workloads[row], **how) for (row, name), key in steps.items()},
-            results,
-        )
+        points = {
+            f"gradient/{row}/{name}": partial(contest, name, row, workloads[row], **how, references=Path(folder, row))
+            for row, name in lines
+        }
+        points |= {key: partial(whole_step, name, workloads[row], **how) for (row, name), key in steps.items()}
+        points |= {f"memory/{row}/{name}": partial(memory, name, row, workloads[row], **how) for row, name in lines}
+        runner.run(points, results)
 
     console = Console(width=max(Console().width, 110))
-    measured = {row: {name: results[gradients[row, name]] for name in contestants} for row in workloads}
+    measured = {
+        row: {
+            name: report.joined(results[f"gradient/{row}/{name}"], results[f"memory/{row}/{name}"])
+            for name in contestants
+        }
+        for row in workloads
+    }
     for row, points in measured.items():
         console.print(report.gradient_table(report.caption(row, workloads[row]), points))
     for (row, name), key in steps.items():
         console.print(_step_table(f"Whole step by {name}: {report.caption(row, workloads[row])}", results[key]))
     note = f"{results.where()}. Dots: medians over the rounds; bars: quartiles."
-    plotting.ratio_dots(report.ratios(measured, workloads), TITLE, note).savefig(stem.with_suffix(".png"))
-    console.print(f"{stem}.json, {stem}.png", soft_wrap=True)
+    plotting.ratio_dots(report.ratios(measured, workloads), TITLE, note).savefig(picture)
+    console.print(f"{path}, {picture}", soft_wrap=True)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,7 +84,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="these workloads; all of the scale's")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], help="these; all")
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=[*OPTIMIZERS], help="these; all")
-    parser.set_defaults(name="clipped_grad")
+    parser.set_defaults(picture="clipped_grad")
     options = runner.parse(parser, argv)
     known = [*SCALES[options.scale]]
     options.only = options.only or known

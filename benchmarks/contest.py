@@ -1,7 +1,8 @@
-"""One contestant against the non-private gradient, in turns: is it right, how long does it take, what memory."""
+"""One contestant against the non-private gradient, in turns: is it right, how long does it take; and what memory."""
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ FEW = 2  # examples of the check in float64, and of the first call, which loads 
 
 
 def contest(name: str, row: str, workload: Workload, effort: Effort, device: str, references: Path) -> Point:
-    """Measure a contestant in a process of its own.
+    """Time a contestant, and check its answer, in a process of its own.
 
     Args:
         name: a key of `EVERYONE`.
@@ -33,17 +34,36 @@ def contest(name: str, row: str, workload: Workload, effort: Effort, device: str
         - `difference`: how far its clipped sum is from ours for a few examples in float64, and `difference_as_timed`,
           for the whole batch in float32; None for what does not clip;
         - `seconds` and `baseline_seconds`, round by round, and `ratio`, the spread of their quotients;
-        - `peak_bytes` and `baseline_peak_bytes`, None where the system cannot tell;
         - `warnings`.
     """
+    return _apart(name, row, effort, device, _contest, name, workload, effort, device, references)
+
+
+def memory(name: str, row: str, workload: Workload, effort: Effort, device: str) -> Point:
+    """Measure the peak memory of a contestant in a process of its own; arguments as for `contest`.
+
+    Returns:
+        `failure`; or `peak_bytes`, None where the system cannot tell, and `warnings`.
+    """
+    return _apart(name, row, effort, device, _memory, name, workload, device)
+
+
+def _apart(name: str, row: str, effort: Effort, device: str, function: Callable[..., Point], *arguments: Any) -> Point:
     cpu_rows = EVERYONE[name].cpu_rows
     if device == "cpu" and cpu_rows is not None and row not in cpu_rows:
         return {"failure": f"takes minutes on a CPU; run on {', '.join(cpu_rows)}"}
-    arguments = name, workload, effort, device, references
     try:
-        return in_own_process(_contest, *arguments, limit=effort.limit, device=device)
+        return in_own_process(function, *arguments, limit=effort.limit, device=device)
     except FailedError as error:
         return {"failure": str(error)}
+
+
+def _memory(name: str, workload: Workload, device: str) -> Point:
+    if device != "cpu" and not EVERYONE[name].torch_memory:
+        return {"peak_bytes": None}
+    task, make = workload.task(device), EVERYONE[name].make
+    peak(make(task.first(FEW), CLIP_NORM), device)  # what is loaded and compiled once is not counted
+    return {"peak_bytes": peak(make(task, CLIP_NORM), device)[1]}
 
 
 def _contest(name: str, workload: Workload, effort: Effort, device: str, references: Path) -> Point:
@@ -56,9 +76,8 @@ def _contest(name: str, workload: Workload, effort: Effort, device: str, referen
     for first in (baseline, make):
         first(task.first(FEW), CLIP_NORM)()
     theirs, ours = baseline(task, CLIP_NORM), make(task, CLIP_NORM)
-    base, base_peak = peak(lambda: timed(theirs, device)[1], device)
-    (answer, own), own_peak = peak(partial(timed, ours, device), device)
-    first_round = base, own  # each had to fetch its memory: measured for want of another only
+    (_, base), (answer, own) = timed(theirs, device), timed(ours, device)
+    first_round = base, own  # each had to fetch its memory: it counts for want of another only
     rounds: list[tuple[float, float]] = []
     as_timed = relative_difference(answer, _reference(task, references / "float32.pt")) if clips else None
     del answer
@@ -72,8 +91,6 @@ def _contest(name: str, workload: Workload, effort: Effort, device: str, referen
         "seconds": [own for _, own in rounds],
         "baseline_seconds": [base for base, _ in rounds],
         "ratio": spread(own / base for base, own in rounds),
-        "peak_bytes": own_peak if device == "cpu" or EVERYONE[name].torch_memory else None,
-        "baseline_peak_bytes": base_peak,
     }
 
 

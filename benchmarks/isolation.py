@@ -9,6 +9,7 @@ before the call. On a GPU it is that of PyTorch's allocator.
 import ctypes
 import gc
 import multiprocessing
+import os
 import resource
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 _PROC = Path("/proc/self")
+_M_MMAP_THRESHOLD, _M_MMAP_MAX = -3, -4  # of glibc's malloc.h
 
 
 class FailedError(Exception):
@@ -61,6 +63,9 @@ def in_own_process(function: Callable[..., Any], *args: Any, limit: float, devic
 def peak(function: Callable[[], Any], device: str) -> tuple[Any, int | None]:
     """Call a function and measure the memory that it needs at its peak.
 
+    On a CPU with glibc, large blocks have pages of their own meanwhile, so that what is freed is free. An allocator
+    that keeps freed memory cuts it up and needs more: nothing should have been computed in the process before.
+
     Returns:
         Its value, and bytes; None where the system cannot tell.
     """
@@ -73,11 +78,17 @@ def peak(function: Callable[[], Any], device: str) -> tuple[Any, int | None]:
         return value, torch.cuda.max_memory_allocated() - before
     if not (_PROC / "clear_refs").exists():
         return function(), None
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_MAX, 1 << 16)
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)
+    libc.malloc_trim(0)
     (_PROC / "clear_refs").write_text("5")
     before = _resident("VmRSS")
     value = function()
-    return value, _resident("VmHWM") - before
+    needed = _resident("VmHWM") - before
+    libc.mallopt(_M_MMAP_MAX, int(os.environ.get("MALLOC_MMAP_MAX_", 1 << 16)))
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own, growing threshold ends
+    return value, needed
 
 
 def _answer(sender: Connection, device: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -37,10 +37,7 @@ EFFORTS = {
     "cpu": Effort(rounds=3, budget=5, limit=120),
     "full": Effort(rounds=15, budget=60),
 }
-CONTESTANTS = (
-    *(BASELINE, "ghost only", "instantiate only", "mixed, published rule", "ghost", "book_keeping"),
-    *("Opacus", "Opacus ghost"),
-)
+CONTESTANTS = BASELINE, "ghost only", "instantiate only", "mixed, published rule", "ghost", "book_keeping", "Opacus"
 MEMORY = {"smoke": 5e7, "cpu": 5e8, "full": 15e9}
 """Bytes that a call may need, beside parameters and batch, for the question of the largest batch."""
 
@@ -64,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="these networks; all of the scale's")
     options = runner.parse(parser, argv)
     workloads = {name: WORKLOADS[options.scale][name] for name in options.only or WORKLOADS[options.scale]}
+    room = MEMORY[options.scale]
     stem = options.out / f"mixed_ghost_{options.scale}_{options.device}"
-    settings = {"clip_norm": CLIP_NORM, "allocator": options.allocator, "memory": MEMORY[options.scale]}
+    settings = {"clip_norm": CLIP_NORM, "allocator": options.allocator, "memory": room}
     results = Results(
         stem.with_suffix(".json"), settings | options.effort._asdict(), options.device, fresh=options.fresh
     )
@@ -76,16 +74,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in CONTESTANTS:
                 references = Path(folder, row)
                 points[f"time/{row}/{name}"] = partial(contest, name, row, workload, **how, references=references)
-                points[f"batch/{row}/{name}"] = partial(largest_batch, name, workload, MEMORY[options.scale], **how)
+                points[f"batch/{row}/{name}"] = partial(largest_batch, name, workload, room, **how)
             points[f"choice/{row}"] = partial(choices, workload, **how)
         runner.run(points, results)
-    measured = {row: {name: results[f"time/{row}/{name}"] for name in CONTESTANTS} for row in workloads}
+    measured = {
+        row: {
+            name: report.joined(results[f"time/{row}/{name}"], results[f"batch/{row}/{name}"]) for name in CONTESTANTS
+        }
+        for row in workloads
+    }
     batches = {row: {name: results[f"batch/{row}/{name}"] for name in CONTESTANTS} for row in workloads}
     layers = {row: results[f"choice/{row}"].get("layers", []) for row in workloads}
     console = Console(width=130)
     for row, points in measured.items():
         console.print(report.gradient_table(report.caption(row, workloads[row]), points))
-    limit = f"{MEMORY[options.scale] / 1e9:g} GB"
+    limit = f"{room / 1e9:g} GB"
     console.print(_batches(f"The largest batch within {limit}", batches))
     console.print(_choices_table(layers))
 
@@ -146,7 +149,8 @@ def largest_batch(name: str, workload: Workload, memory: float, effort: Effort, 
     """Find how many examples a contestant can take within a number of bytes.
 
     Returns:
-        `failure`; or `largest`, the largest batch that was seen to fit, and `tried`, the peak bytes by batch size.
+        `failure`; or `peak_bytes` of the workload's own batch, `largest`, the largest batch that was seen to fit, and
+        `tried`, the peak bytes by batch size.
     """
     try:
         return in_own_process(_largest_batch, name, workload, memory, device, limit=effort.limit, device=device)
@@ -168,14 +172,19 @@ def _largest_batch(name: str, workload: Workload, memory: float, device: str) ->
 
     needs(1)  # what is loaded once is not in what follows
     tried.clear()
-    low, high = 4, 8
+    low, high = max(1, workload.batch_size // 2), workload.batch_size
     for _ in range(3):  # the peak is nearly affine in the batch's size: a few secants find the root
         slope = max((needs(high) - needs(low)) / (high - low), 1.0)
         low, high = high, max(1, int(high + (memory - needs(high)) / slope))
         if high == low or needs(high) <= memory < needs(high) + 2 * slope:
             break
     fitting = [size for size, found in tried.items() if found <= memory]
-    return {"largest": max(fitting, default=0), "tried": {str(size): tried[size] for size in sorted(tried)}}
+    own = tried[workload.batch_size]
+    return {
+        "peak_bytes": own,
+        "largest": max(fitting, default=0),
+        "tried": {str(size): tried[size] for size in sorted(tried)},
+    }
 
 
 def choices(workload: Workload, effort: Effort, device: str) -> Point:

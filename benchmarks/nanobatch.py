@@ -36,12 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Results(path, settings, options.device, fresh=options.fresh)
     sizes = [1 << i for i in range(workload.batch_size.bit_length())]
     runner.run(
-        {
-            f"{size}": partial(
-                in_own_process, _measure, workload, size, options.effort, options.device, limit=options.effort.limit
-            )
-            for size in sizes
-        },
+        {f"{size}": partial(measure, workload, size, options.effort, options.device) for size in sizes},
         results,
     )
     table = Table("micro-batch", "examples / s", "peak MB", title=f"A logical batch of {workload.batch_size}")
@@ -53,13 +48,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(path)
 
 
-def _measure(workload: Workload, size: int, effort: Effort, device: str) -> Point:
-    task = workload.task(device)
-    run = by_strategy(task, CLIP_NORM, "auto", size)
-    run()
-    _, memory = peak(run, device)
-    seconds = spread(timed(run, device)[1] for _ in range(effort.rounds))["median"]
+def measure(workload: Workload, size: int, effort: Effort, device: str) -> Point:
+    """Measure one size of micro-batch: `throughput` in examples a second, `seconds`, and `peak_bytes`."""
+    where = {"limit": effort.limit, "device": device}
+    seconds = in_own_process(_time, workload, size, effort.rounds, device, **where)["seconds"]
+    memory = in_own_process(_memory, workload, size, device, **where)["peak_bytes"]
     return {"throughput": workload.batch_size / seconds, "seconds": seconds, "peak_bytes": memory}
+
+
+def _time(workload: Workload, size: int, rounds: int, device: str) -> Point:
+    run = by_strategy(workload.task(device), CLIP_NORM, "auto", size)
+    run()
+    return {"seconds": spread(timed(run, device)[1] for _ in range(rounds))["median"]}
+
+
+def _memory(workload: Workload, size: int, device: str) -> Point:
+    task = workload.task(device)
+    peak(by_strategy(task.first(1), CLIP_NORM, "auto"), device)
+    return {"peak_bytes": peak(by_strategy(task, CLIP_NORM, "auto", size), device)[1]}
 
 
 if __name__ == "__main__":

@@ -16,8 +16,14 @@ def caption(row: str, workload: Workload) -> str:
     return f"{row}, B={workload.batch_size}, {workload.image_size}²"
 
 
+def joined(time: Point, memory: Point) -> Point:
+    """Put what `contest` and `memory` returned for one contestant together; a failure is that of `contest`."""
+    return time | {"peak_bytes": memory.get("peak_bytes")}
+
+
 def gradient_table(title: str, points: Mapping[str, Point]) -> Table:
-    """Lay out what `contest` returned for each contestant, by name."""
+    """Lay out what `contest` and `memory` returned for each contestant, `joined`, by name."""
+    base = points[BASELINE].get("peak_bytes")
     made = table(title, "clipped gradient", "seconds", "× non-private", "rounds", "peak MB", "× memory", "difference")
     for name, point in points.items():
         if "failure" in point:
@@ -30,7 +36,7 @@ def gradient_table(title: str, points: Mapping[str, Point]) -> Table:
             with_quartiles(point["ratio"]),
             str(len(point["seconds"])),
             megabytes(point["peak_bytes"]),
-            f"{point['peak_bytes'] / point['baseline_peak_bytes']:.2f}" if point["peak_bytes"] else "",
+            f"{point['peak_bytes'] / base:.2f}" if point["peak_bytes"] and base else "",
             "reference" if name == REFERENCE else "" if difference is None else f"{difference:.1e}",
         )
     return made
@@ -61,16 +67,14 @@ def ratios(
     """Gather time and peak memory over the non-private gradient's: `time` and `peak memory`, by caption and name.
 
     Args:
-        measured: what `contest` returned, by row and contestant; failures are left out.
+        measured: what `contest` and `memory` returned, `joined`, by row and contestant; failures are left out.
         workloads: by row.
     """
     times: dict[str, dict[str, tuple[float, float, float]]] = {}
     memories: dict[str, dict[str, tuple[float, float, float]]] = {}
     for row, points in measured.items():
         ran = {name: point for name, point in points.items() if name != BASELINE and "failure" not in point}
-        place = caption(row, workloads[row])
+        place, base = caption(row, workloads[row]), points[BASELINE].get("peak_bytes")
         times[place] = {n: (p["ratio"]["median"], p["ratio"]["low"], p["ratio"]["high"]) for n, p in ran.items()}
-        memories[place] = {
-            n: (p["peak_bytes"] / p["baseline_peak_bytes"],) * 3 for n, p in ran.items() if p["peak_bytes"]
-        }
+        memories[place] = {n: (p["peak_bytes"] / base,) * 3 for n, p in ran.items() if p["peak_bytes"] and base}
     return {"time": times, "peak memory": memories}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pegrad
-from contest import CLIP_NORM
+from contest import CLIP_NORM, FEW
 from isolation import FailedError, in_own_process, peak
 from pegrad.comparison import interleaved
 from pegrad.trees import PyTree
@@ -28,7 +28,7 @@ BASELINE = "non-private step"
 
 
 def whole_step(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
-    """Measure a step and its parts, all in turns, in a process of its own.
+    """Time a step and its parts, all in turns, in a process of its own, and measure their memory in another.
 
     Args:
         optimizer: a key of `OPTIMIZERS`.
@@ -40,28 +40,37 @@ def whole_step(optimizer: str, workload: Workload, effort: Effort, device: str) 
         `failure`, a short phrase; or `parts`: by name, `seconds`, their `ratio` to the non-private step's, round by
         round, and `peak_bytes`; and `warnings`.
     """
+    where = {"limit": effort.limit, "device": device}
     try:
-        return in_own_process(_whole_step, optimizer, workload, effort, device, limit=effort.limit, device=device)
+        times = in_own_process(_times, optimizer, workload, effort, device, **where)
+        peaks = in_own_process(_peaks, optimizer, workload, device, **where)
     except FailedError as error:
         return {"failure": str(error)}
+    for name, part in times["parts"].items():
+        part["peak_bytes"] = peaks["peak_bytes"][name]
+    return times
 
 
-def _whole_step(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
-    task = workload.task(device)
-    ordinary, ours = OPTIMIZERS[optimizer]
-    functions = _ordinary_step(task, ordinary) | _private_step(task, ours(LEARNING_RATE))
-    peaks = {name: peak(function, device)[1] for name, function in functions.items()}
-    times = interleaved(functions, effort.step_rounds, device)
+def _times(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
+    times = interleaved(_functions(optimizer, workload.task(device)), effort.step_rounds, device)
     base = times[BASELINE]
     parts = {
-        name: {
-            "seconds": median(own),
-            "ratio": spread(o / b for o, b in zip(own, base, strict=True)),
-            "peak_bytes": peaks[name],
-        }
+        name: {"seconds": median(own), "ratio": spread(o / b for o, b in zip(own, base, strict=True))}
         for name, own in times.items()
     }
     return {"parts": parts}
+
+
+def _peaks(optimizer: str, workload: Workload, device: str) -> Point:
+    task = workload.task(device)
+    for warm_up in _functions(optimizer, task.first(FEW)).values():
+        peak(warm_up, device)
+    return {"peak_bytes": {name: peak(run, device)[1] for name, run in _functions(optimizer, task).items()}}
+
+
+def _functions(optimizer: str, task: Task) -> dict[str, Callable[[], Any]]:
+    ordinary, ours = OPTIMIZERS[optimizer]
+    return _ordinary_step(task, ordinary) | _private_step(task, ours(LEARNING_RATE))
 
 
 def _ordinary_step(task: Task, make: Callable[..., torch.optim.Optimizer]) -> dict[str, Callable[[], Any]]:
