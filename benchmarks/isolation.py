@@ -2,8 +2,8 @@
 
 Peak memory is what one call needs beyond what the process held before it: parameters, batch and libraries are not in
 it, the answer is. On a CPU it is the high-water mark of the resident set (Linux: `VmHWM`, set back just before the
-call by writing 5 to `/proc/self/clear_refs`, after freed memory was returned to the system) less the resident set
-before the call. On a GPU it is that of PyTorch's allocator.
+call by writing 5 to `/proc/self/clear_refs`) less the resident set before the call. On a GPU it is that of PyTorch's
+allocator.
 """
 
 import ctypes
