@@ -8,6 +8,7 @@ prints, for each workload, the operations whose times differ most, and what no o
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from workloads import SCALES, Workload
 EFFORTS = {"smoke": Effort(rounds=1), "cpu": Effort(rounds=5), "full": Effort(rounds=15)}
 REST = "(none: Python, and what waits)"
 SHOWN = 16
+WARM_UP = 2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,24 +60,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure(workload: Workload, strategy: str, rounds: int, device: str) -> Point:
     task = workload.task(device)
     functions = {name: CONTESTANTS[name].make(task, CLIP_NORM) for name in (BASELINE, strategy)}
-    for function in functions.values():
-        function()
-    return {"milliseconds": {name: _by_operation(run, rounds, device) for name, run in functions.items()}}
+    found: dict[str, list[Counter[str]]] = {name: [] for name in functions}
+    for _ in range(WARM_UP + rounds):  # in turns: memory that one has left over, the other has to make do with
+        for name, function in functions.items():
+            found[name].append(_by_operation(function, device))
+    return {"milliseconds": {name: _medians(runs[WARM_UP:]) for name, runs in found.items()}}
 
 
-def _by_operation(function: Callable[[], Any], rounds: int, device: str) -> dict[str, float]:
+def _by_operation(function: Callable[[], Any], device: str) -> Counter[str]:
     """Milliseconds of one call that each operation takes by itself, and `REST`."""
     on_gpu = torch.device(device).type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as found:
-        seconds = sum(timed(function, device)[1] for _ in range(rounds))
+        _, seconds = timed(function, device)
     taken: Counter[str] = Counter()
     for event in found.key_averages():
-        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if event.key.startswith("aten::") or on_gpu:
-            taken[event.key.removeprefix("aten::")] += own / 1e3 / rounds
-    taken[REST] = 1e3 * seconds / rounds - sum(taken.values())
-    return {name: round(time, 3) for name, time in taken.most_common() if time > 0.001}
+        if on_gpu or event.key.startswith("aten::"):
+            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            taken[event.key.removeprefix("aten::")] += own / 1e3
+    taken[REST] = 1e3 * seconds - sum(taken.values())
+    return taken
+
+
+def _medians(runs: list[Counter[str]]) -> dict[str, float]:
+    names = set().union(*runs)
+    return {name: round(median(run[name] for run in runs), 3) for name in sorted(names)}
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def _ratio_axes(axes: Axes, rows: list[str], name: str) -> None:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.1f}" if value < 3 else ""))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.1f}" if 1 < value < 3 else ""))
     axes.grid(axis="x", color=_LINE, linewidth=0.8)
     axes.hlines(range(len(rows)), 0, 1, transform=axes.get_yaxis_transform(), color=_LINE, linewidth=0.8)
     axes.set_axisbelow(True)

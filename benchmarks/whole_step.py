@@ -63,9 +63,11 @@ def _times(optimizer: str, workload: Workload, effort: Effort, device: str) -> P
 
 def _peaks(optimizer: str, workload: Workload, device: str) -> Point:
     task = workload.task(device)
-    for warm_up in _functions(optimizer, task.first(FEW)).values():
-        peak(warm_up, device)
-    return {"peak_bytes": {name: peak(run, device)[1] for name, run in _functions(optimizer, task).items()}}
+    warm_up, _ = peak(partial(_functions, optimizer, task.first(FEW)), device)
+    for run in warm_up.values():
+        peak(run, device)
+    functions, _ = peak(partial(_functions, optimizer, task), device)  # gradients are computed for it
+    return {"peak_bytes": {name: peak(run, device)[1] for name, run in functions.items()}}
 
 
 def _functions(optimizer: str, task: Task) -> dict[str, Callable[[], Any]]:
