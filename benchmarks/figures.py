@@ -61,14 +61,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def draw(figure: str, options: Any) -> None:
     """Measure and draw one figure."""
     stem = options.out / f"{figure}_{options.scale}_{options.device}"
-    settings = {"image_size": IMAGE_SIZES[options.scale], "rounds": options.effort.rounds}
+    size, rounds = IMAGE_SIZES[options.scale], options.effort.rounds
+    settings = {"image_size": size, "rounds": rounds, "allocator": options.allocator}
     results = Results(stem.with_suffix(".json"), settings, options.device, fresh=options.fresh)
     strategies = toy.STRATEGIES_OF_FIGURES
     if figure == "figure2":
         strategies = {"naive": STRATEGIES["naive"], **strategies}
     wanted = panels(figure, options.scale)
     points = {
-        f"{title}/{at}": partial(toy.measure, *where, strategies, options.effort.rounds, options.device)
+        f"{title}/{at}": partial(toy.measure, *where, strategies, options.effort, options.device)
         for title, curve in wanted.items()
         for at, where in curve.sizes.items()
     }
@@ -83,8 +84,7 @@ def draw(figure: str, options: Any) -> None:
         )
         for title, curve in wanted.items()
     }
-    size = IMAGE_SIZES[options.scale]
-    note = f"images 3×{size}×{size}, medians of {options.effort.rounds} rounds on {options.device}"
+    note = f"images 3×{size}×{size}, medians of {rounds} rounds; {results.where()}"
     title = {"figure1": "k = 3", "figure2": "k = 5, batch size", "figure3": "k = 5"}[figure]
     plotting.runtime_lines(lines, f"Clipped gradient of a batch, {title}", note).savefig(stem.with_suffix(".png"))
     print(f"{stem}.json, {stem}.png")

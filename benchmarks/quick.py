@@ -29,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure if need be, and print the table."""
     options = runner.parse(runner.parser("The quick comparison of Rochette et al. 2019.", EFFORTS), argv)
     path = options.out / f"quick_{options.scale}_{options.device}.json"
-    results = Results(path, {"rounds": options.effort.rounds}, options.device, fresh=options.fresh)
-    strategies = {"naive": STRATEGIES["naive"], **toy.STRATEGIES_OF_FIGURES}
-    runner.run(
-        {"quick": lambda: toy.measure(SIZES, BATCH_SIZE, strategies, options.effort.rounds, options.device)}, results
+    results = Results(
+        path, {"rounds": options.effort.rounds, "allocator": options.allocator}, options.device, fresh=options.fresh
     )
+    strategies = {"naive": STRATEGIES["naive"], **toy.STRATEGIES_OF_FIGURES}
+    runner.run({"quick": lambda: toy.measure(SIZES, BATCH_SIZE, strategies, options.effort, options.device)}, results)
     table = Table("clipped gradient", "milliseconds", "× non-private", title="25 channels, 2 layers, k=5, 32², B=10")
     for name, seconds in results["quick"]["seconds"].items():
         table.add_row(name, f"{1e3 * seconds:.1f}", report.with_quartiles(results["quick"]["ratio"][name]))

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 import pegrad
+from isolation import in_own_process
 from pegrad import models, random, trees
 from pegrad.comparison import interleaved
 from pegrad.strategies import STRATEGIES, GroupedConv, Strategy
 from pegrad.training import cross_entropy, mean_grad
 from pegrad.trees import PyTree
-from runner import Point, spread
+from runner import Effort, Point, spread
 
 BASELINE = "non-private"
 STRATEGIES_OF_FIGURES: dict[str, Strategy] = {
@@ -42,13 +43,20 @@ def problem(sizes: Mapping[str, Any], batch_size: int, device: str) -> tuple[Any
 
 
 def measure(
-    sizes: Mapping[str, Any], batch_size: int, strategies: Mapping[str, Strategy], rounds: int, device: str
+    sizes: Mapping[str, Any], batch_size: int, strategies: Mapping[str, Strategy], effort: Effort, device: str
 ) -> Point:
-    """Time the clipped gradient by each strategy, and the non-private gradient, in turns.
+    """Time the clipped gradient by each strategy, and the non-private gradient, in turns in a process of its own.
 
     Returns:
         `seconds` of a batch, the medians by name, and `ratio`, their spread over the non-private gradient's.
     """
+    arguments = sizes, batch_size, strategies, effort.rounds, device
+    return in_own_process(_measure, *arguments, limit=effort.limit, device=device)
+
+
+def _measure(
+    sizes: Mapping[str, Any], batch_size: int, strategies: Mapping[str, Strategy], rounds: int, device: str
+) -> Point:
     loss, params, batch = problem(sizes, batch_size, device)
     gradient = mean_grad(loss)
     functions: dict[str, Callable[[], Any]] = {BASELINE: partial(gradient, params, batch)}
