@@ -173,9 +173,10 @@ def _largest_batch(name: str, workload: Workload, memory: float, device: str) ->
     needs(1)  # what is loaded once is not in what follows
     tried.clear()
     low, high = max(1, workload.batch_size // 2), workload.batch_size
-    for _ in range(3):  # the peak is nearly affine in the batch's size: a few secants find the root
+    for _ in range(4):  # the peak is nearly affine in the batch's size: a few secants find the root
         slope = max((needs(high) - needs(low)) / (high - low), 1.0)
-        low, high = high, max(1, int(high + (memory - needs(high)) / slope))
+        found = int(high + (memory - needs(high)) / slope)
+        low, high = high, min(max(1, found), 4 * high)  # not too far at a time: small batches tell little of large ones
         if high == low or needs(high) <= memory < needs(high) + 2 * slope:
             break
     fitting = [size for size, found in tried.items() if found <= memory]
