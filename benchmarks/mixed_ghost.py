@@ -172,20 +172,36 @@ def _largest_batch(name: str, workload: Workload, memory: float, device: str) ->
 
     needs(1)  # what is loaded once is not in what follows
     tried.clear()
-    low, high = max(1, workload.batch_size // 2), workload.batch_size
-    for _ in range(4):  # the peak is nearly affine in the batch's size: a few secants find the root
-        slope = max((needs(high) - needs(low)) / (high - low), 1.0)
-        found = int(high + (memory - needs(high)) / slope)
-        low, high = high, min(max(1, found), 4 * high)  # not too far at a time: small batches tell little of large ones
-        if high == low or needs(high) <= memory < needs(high) + 2 * slope:
-            break
+    size: int | None = workload.batch_size
+    while size is not None and len(tried) < 8:
+        needs(size)
+        size = next_batch(tried, memory)
     fitting = [size for size, found in tried.items() if found <= memory]
-    own = tried[workload.batch_size]
     return {
-        "peak_bytes": own,
+        "peak_bytes": tried[workload.batch_size],
         "largest": max(fitting, default=0),
         "tried": {str(size): tried[size] for size in sorted(tried)},
     }
+
+
+def next_batch(tried: Mapping[int, int], memory: float) -> int | None:
+    """Say which batch to try next: peaks are nearly affine in its size, but small ones tell little of large ones.
+
+    Args:
+        tried: peak bytes by batch size, one at least.
+        memory: bytes that a batch must fit into.
+
+    Returns:
+        A size between the largest that fits and the smallest that does not; None once the former needs 98% of the
+        memory, or there is none between.
+    """
+    fits = max((size for size, found in tried.items() if found <= memory), default=0)
+    over = min((size for size, found in tried.items() if found > memory), default=4 * fits)
+    if over - fits <= 1 or tried.get(fits, 0) > 0.98 * memory:
+        return None
+    at_fits, at_over = tried.get(fits, 0), tried.get(over, 4 * tried.get(fits, 0))
+    guess = fits + (over - fits) * (0.99 * memory - at_fits) / (at_over - at_fits)
+    return min(max(int(guess), fits + 1), over - 1 if over in tried else over)
 
 
 def choices(workload: Workload, effort: Effort, device: str) -> Point:

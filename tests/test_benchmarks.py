@@ -238,6 +238,23 @@ def test_mixed_ghost_finds_the_kernels_and_the_largest_batches(module, tmp_path)
     assert (tmp_path / "mixed_ghost_smoke_cpu_choice.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("largest", [1, 7, 100, 5000])
+def test_the_largest_batch_is_found(module, largest) -> None:
+    """Catches: a search that stops short, runs past the memory by far, or asks for one batch for ever."""
+    experiment = module("mixed_ghost")
+
+    def peak(size: int) -> int:
+        return 50_000 + max(20_000, 1000 * size)
+
+    memory, tried = peak(max(largest, 21)), {32: peak(32)}
+    while (size := experiment.next_batch(tried, memory)) is not None:
+        assert size not in tried
+        tried[size] = peak(size)
+    assert len(tried) <= 8
+    assert max(tried) <= 4 * max(largest, 32)
+    assert 0.98 * memory <= max(found for found in tried.values() if found <= memory)
+
+
 def test_choices_are_what_their_names_say(module) -> None:
     """Catches: `ghost only` that stacks, `instantiate only` that does not, a published rule the wrong way round."""
     choices = module("choices")
