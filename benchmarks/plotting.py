@@ -37,7 +37,12 @@ MARKS = {
     "JAX-Privacy": Mark("#a08a1c", "^", 0.2, filled=False),
     "JAX, non-private": Mark("#a08a1c", "_", 0.2),
 }
-_OTHER_MARKS = {"non-private": Mark(_INK, ".", 0), "grouped_conv (grouped)": Mark("#b03a6f", "P", 0)}
+_OTHER_MARKS = {
+    "non-private": Mark(_INK, ".", 0),
+    "grouped_conv (grouped)": Mark("#b03a6f", "^", 0),
+    "grouped_conv (grouped_backward)": Mark("#d1662a", "v", 0),
+    "grouped_conv (unfold)": Mark("#a08a1c", "s", 0),
+}
 
 Ratios = Mapping[str, Mapping[str, tuple[float, float, float]]]
 """By row and contestant: median, low and high."""

@@ -16,9 +16,10 @@ from pegrad.trees import PyTree
 from runner import Effort, Point, spread
 
 BASELINE = "non-private"
+KERNELS = "grouped", "grouped_backward", "unfold"
 STRATEGIES_OF_FIGURES: dict[str, Strategy] = {
     "vmap": STRATEGIES["vmap"],
-    "grouped_conv (grouped)": GroupedConv("grouped"),
+    **{f"grouped_conv ({kernel})": GroupedConv(kernel) for kernel in KERNELS},
     "grouped_conv": STRATEGIES["grouped_conv"],
     "ghost": STRATEGIES["ghost"],
     "book_keeping": STRATEGIES["book_keeping"],
