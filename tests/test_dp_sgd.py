@@ -9,7 +9,7 @@ import torchopt
 from scipy import stats
 
 import pegrad
-from pegrad import optim, random
+from pegrad import optim, random, trees
 from pegrad.per_example import ClippedGrad
 
 SIZE = 20_000
@@ -76,6 +76,28 @@ def test_noise_makes_no_second_copy_of_the_model(monkeypatch):
     step = make()
     step(PARAMS, step.init(PARAMS, random.key(1)), BATCH)
     assert alive == [2, 1]
+
+
+def test_noisy_gradients_are_gone_when_parameters_are_made(monkeypatch):
+    """Catches: gradients, updates and new parameters held at once."""
+    noisy: list[weakref.ref] = []
+    alive: list[int] = []
+    each_leaf = trees.map
+
+    def update(grads, state, params):
+        noisy.extend(weakref.ref(leaf) for leaf in grads.values())
+        return {name: -grad for name, grad in grads.items()}, state
+
+    def map_and_count(*args):
+        alive.append(sum(leaf() is not None for leaf in noisy))
+        return each_leaf(*args)
+
+    step = make(optimizer=optim.GradientTransformation(lambda params: (), update))
+    state = step.init(PARAMS, random.key(1))
+    monkeypatch.setattr(trees, "map", map_and_count)
+    step(PARAMS, state, BATCH)
+    assert len(noisy) == 2
+    assert alive[-1] == 0
 
 
 def test_no_value_is_shared_by_leaves_steps_or_keys():

@@ -192,7 +192,9 @@ class DPSGD:
             leaves, spec = trees.flatten(grads)
             del grads  # lets each leaf go as its noisy one comes
             _add_noise(noise, leaves, self.noise_multiplier * self.clipped_grad.sensitivity)
-            updates, optimizer = self.update(trees.unflatten(spec, leaves), state.optimizer, params)
+            noisy = [trees.unflatten(spec, leaves)]
+            del leaves
+            updates, optimizer = self.update(noisy.pop(), state.optimizer, params)  # moved: gone when it is done with
             params = trees.map(lambda p, u: p + u.to(p.dtype), params, updates)
         return Step(params, State(state.key, state.step + 1, optimizer), Metrics(*seen))
 
