@@ -159,22 +159,18 @@ def largest_batch(name: str, workload: Workload, memory: float, effort: Effort, 
 
 
 def _largest_batch(name: str, workload: Workload, memory: float, device: str) -> Point:
-    tried: dict[int, int] = {}
-
     def needs(size: int) -> int:
-        if size not in tried:
-            call = EVERYONE[name].make(replace(workload, batch_size=size).task(device), CLIP_NORM)
-            _, found = peak(call, device)
-            if found is None:
-                raise NotImplementedError("the system cannot tell peak memory")
-            tried[size] = found
-        return tried[size]
+        call = EVERYONE[name].make(replace(workload, batch_size=size).task(device), CLIP_NORM)
+        _, found = peak(call, device)
+        if found is None:
+            raise NotImplementedError("the system cannot tell peak memory")
+        return found
 
     needs(1)  # what is loaded once is not in what follows
-    tried.clear()
+    tried: dict[int, int] = {}
     size: int | None = workload.batch_size
     while size is not None and len(tried) < 8:
-        needs(size)
+        tried[size] = needs(size)
         size = next_batch(tried, memory)
     fitting = [size for size, found in tried.items() if found <= memory]
     return {

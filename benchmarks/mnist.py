@@ -31,8 +31,8 @@ import runner
 from pegrad import accounting, data, optim, random, training, trees
 from pegrad.comparison import timed
 from pegrad.data import Dataset
+from pegrad.models.layers import linear
 from pegrad.sampling import PoissonSampler
-from pegrad.trees import PyTree
 from runner import Effort, Point, Results, spread
 from scattering import scattering
 
@@ -168,8 +168,9 @@ def fit(split: Split, recipe: Recipe, epsilon: float, seed: int) -> Point:
     sampler = PoissonSampler(size, recipe.batch_size / size)
     steps = round(recipe.epochs * size / recipe.batch_size)
     noise_multiplier = accounting.noise_multiplier_for(epsilon, DELTA, sampler, steps)
+    classifier = linear(width, 10)
     step = pegrad.dp_sgd(
-        linear_loss,
+        training.cross_entropy(classifier),
         optim.sgd(recipe.learning_rate, momentum=MOMENTUM),
         clip_norm=CLIP_NORM,
         noise_multiplier=noise_multiplier,
@@ -184,20 +185,13 @@ def fit(split: Split, recipe: Recipe, epsilon: float, seed: int) -> Point:
         rows = draw.indices[draw.mask].to(split.features.device)
         params, state, _ = step(params, state, (split.features[rows], split.labels[rows]))
         average = trees.map(lambda past, new: torch.lerp(new, past, AVERAGING), average, params)
-    hits = F.linear(split.test_features, average["weight"], average["bias"]).argmax(1) == split.test_labels
     return {
-        "accuracy": hits.double().mean().item(),
+        "accuracy": training.accuracy(classifier, average, split.test_features, split.test_labels),
         "recipe": recipe._asdict(),
         "noise_multiplier": noise_multiplier,
         "steps": steps,
         "seconds": perf_counter() - start,
     }
-
-
-def linear_loss(params: PyTree, example: tuple[Tensor, Tensor]) -> Tensor:
-    """The cross-entropy of one example's features."""
-    features, label = example
-    return F.cross_entropy(F.linear(features, params["weight"], params["bias"]), label)
 
 
 def _choice(epsilon: float, recipe: Recipe) -> str:
