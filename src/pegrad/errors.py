@@ -27,3 +27,15 @@ class DataFileError(PegradError, ValueError):
 
 class BatchOverflowError(PegradError, RuntimeError):
     """A random batch drew more examples than its stated maximum."""
+
+
+class CheckError(PegradError, RuntimeError):
+    """`pegrad.check` found a strategy that differs from the plain loop, or a loss that is not a pure function.
+
+    Attributes:
+        report: the `CheckReport`, or None where nothing could be compared.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report

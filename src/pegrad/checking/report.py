@@ -1,0 +1,100 @@
+"""What `pegrad.check` found, leaf by leaf: a table that prints, and that renders in a notebook."""
+
+import html
+import textwrap
+from dataclasses import dataclass
+
+WIDTH = 100
+"""Columns that the text fits into."""
+
+
+@dataclass(frozen=True)
+class LeafCheck:
+    """How far a strategy was from the loop on one leaf, or on the losses or the norms."""
+
+    path: str
+    """Path of the leaf, such as `params['w']`; `losses` or `norms`."""
+    shape: tuple[int, ...]
+    """Shape of the leaf; `(B,)` for losses and norms."""
+    errors: tuple[float, ...]
+    """For each of the report's dtypes the greatest relative error, >= 0; NaN where nothing could be compared."""
+    verdict: str
+    """`same`; `not used`, for a gradient of zero; `sum only` or `not compared` where the loop could not judge; or what
+    is wrong: `wrong gradient`, `wrong sum`, `wrong gradient and sum`, `wrong`."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether a difference beyond rounding was found."""
+        return self.verdict.startswith("wrong")
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """A table by leaf of how far a strategy was from the loop; prints in 100 columns, and renders in a notebook."""
+
+    strategy: str
+    """The strategy that was compared."""
+    examples: int
+    """How many examples were run."""
+    left_out: int
+    """How many of them were not compared, since their gradient is not finite in the parameters' dtype."""
+    dtypes: tuple[str, ...]
+    """In what the comparison was made: `float64` and the parameters' own, or either alone."""
+    tolerances: tuple[float, ...]
+    """For each of the dtypes the greatest relative error that passes for rounding."""
+    leaves: tuple[LeafCheck, ...]
+    """One for each leaf of the parameters, in flattening order."""
+    values: tuple[LeafCheck, ...]
+    """One for the losses, one for the norms."""
+    notes: tuple[str, ...]
+    """What could not be compared, and what else a user should know; whole sentences."""
+
+    @property
+    def differing(self) -> tuple[LeafCheck, ...]:
+        """The rows in which a difference beyond rounding was found."""
+        return tuple(row for row in (*self.leaves, *self.values) if row.differs)
+
+    @property
+    def title(self) -> str:
+        """What was compared with what."""
+        return f"{self.strategy} against a loop of torch.autograd.grad, {self.examples} examples"
+
+    def __str__(self) -> str:
+        """Return the table as text, at most 100 columns wide."""
+        table = [self._header(), *self._rows()]
+        others = [max(len(row[i]) for row in table) for i in range(1, len(table[0]))]
+        room = max(12, WIDTH - sum(others) - 2 * len(others))
+        table = [(_shorten(row[0], room), *row[1:]) for row in table]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in table]
+        notes = [textwrap.fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ") for note in self.notes]
+        return "\n".join([self.title, lines[0], "-" * max(map(len, lines)), *lines[1:], *notes])
+
+    def _repr_html_(self) -> str:
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = row(self._header(), "th") + "".join(row(cells, "td") for cells in self._rows())
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        return f"<p>{html.escape(self.title)}</p><table>{body}</table>" + (f"<ul>{notes}</ul>" if notes else "")
+
+    def _header(self) -> tuple[str, ...]:
+        limits = (f"{name} (≤ {limit:.0e})" for name, limit in zip(self.dtypes, self.tolerances, strict=True))
+        return ("leaf", "shape", *limits, "verdict")
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (row.path, "×".join(map(str, row.shape)), *(_number(error) for error in row.errors), row.verdict)
+            for row in (*self.leaves, *self.values)
+        ]
+
+
+def _number(error: float) -> str:
+    if error != error:
+        return "-"
+    return "0" if error == 0 else f"{error:.1e}"
+
+
+def _shorten(path: str, room: int) -> str:
+    """Keep the end of a long path, where leaves of one model differ."""
+    return path if len(path) <= room else "…" + path[len(path) - room + 1 :]
