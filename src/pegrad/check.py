@@ -9,7 +9,7 @@ from pegrad.call import check_size
 from pegrad.checking.compare import Errors, Subject, compare, compare_random, distance_of, dtype_name
 from pegrad.checking.loop import Loop
 from pegrad.checking.report import CheckReport, LeafCheck
-from pegrad.errors import CheckError, LossError
+from pegrad.errors import ArgumentError, CheckError, LossError
 from pegrad.per_example import Loss
 from pegrad.strategies import Strategy, resolve
 from pegrad.trees import PyTree
@@ -40,7 +40,7 @@ def check(
     Raises:
         CheckError: a difference beyond rounding; a loss that is not a pure function; or nothing to compare, because no
             gradient is finite. The report, where there is one, is the error's `report`.
-        ArgumentError: an empty batch, `examples` below 1, or an unknown strategy.
+        ArgumentError: an empty batch, `examples` below 1, an unknown strategy, or a call in inference mode.
         LossError: the loss depends on no leaf of `params`; or as `pegrad.per_example_grad`.
         LeafError: as `pegrad.per_example_grad`.
 
@@ -53,6 +53,10 @@ def check(
     [("params['w']", 'same')]
     """
     check_size("examples", examples)
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            "pegrad.check was called under torch.inference_mode(), where nothing has a gradient: leave it"
+        )
     subject = Subject.of(loss, params, batch, resolve(strategy), examples)
     loop = subject.loop()
     random = _is_random(subject, loop)
@@ -130,12 +134,12 @@ def _notes(loop: Loop, random: bool) -> list[str]:
         )
     if loop.strangers:
         notes.append(
-            f"The loss also depends on {loop.strangers} tensors that require a gradient and are not in params. They "
+            f"The loss also depends on {loop.strangers} tensor(s) that require a gradient and are not in params. They "
             "are constants here; if they are parameters to be trained, pass them in params."
         )
     left_out = int((~loop.finite).sum())
     if left_out:
-        notes.append(f"{left_out} of {len(loop.finite)} examples were left out: loss or gradient is not finite.")
+        notes.append(f"{left_out} of {len(loop.finite)} examples were left out: their gradient is not finite.")
     return notes
 
 

@@ -235,6 +235,7 @@ def _errors(
         exact = torch.tensordot(weights, grad[keep], 1)
         apart = _rows_apart(found[None], exact[None])
         sums.append(_worst(apart, (weights @ size[keep])[None]))
+    overflown = ~loop.losses.isfinite() & ~answers.losses.isfinite()
     length = whole_norms([leaf.double()[None] for leaf in trees.leaves(subject.params)])
     return Errors(
         dtype_name(subject.dtype),
@@ -242,7 +243,7 @@ def _errors(
         [_worst(d[keep], s[keep]) for d, s in zip(distance.grads, sizes.grads, strict=True)],
         sums,
         # Rounding the parameters alone moves a loss by its gradient times their length.
-        _worst(distance.losses[keep], (sizes.losses + norms * length)[keep]),
+        _worst(distance.losses.masked_fill(overflown, 0)[keep], (sizes.losses + norms * length)[keep]),
         _worst(distance.norms[keep], sizes.norms[keep]),
     )
 
@@ -251,7 +252,8 @@ def distance_of(a: Answers | Loop, b: Loop) -> Values:
     """Say how far two answers are apart, example by example."""
     grads = [_rows_apart(x, y) for x, y in zip(a.grads, b.grads, strict=True)]
     norms = (a.norms - b.norms).abs()
-    return Values((a.losses - b.losses).abs(), grads, norms.amax(0) if norms.dim() > 1 else norms)
+    equal = (a.losses == b.losses) | a.losses.isnan() & b.losses.isnan()
+    return Values((a.losses - b.losses).abs().masked_fill(equal, 0), grads, norms.amax(0) if norms.dim() > 1 else norms)
 
 
 def _rows_apart(a: Tensor, b: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Loop:
     used: list[bool]
     """For each parameter leaf, whether the loss of any example depends on it."""
     finite: Tensor
-    """`(B,)`, boolean: whether the loss, and the squared norm in the precision that norms are taken in, are finite."""
+    """`(B,)`, boolean: whether the squared norm is finite, in the precision in which norms are taken."""
     narrowest: torch.dtype
     """The least precise dtype that the loss computes in."""
     strangers: int
@@ -62,7 +62,14 @@ def run(loss: Callable[[Leaves, Leaves], tuple[Tensor, Any]], params: Leaves, ba
         params: the parameter leaves.
         batch: the batch's leaves, each `(B, ...)`, B >= 1.
         seed: torch's generators start from `seed + b` for example b. They are left as they were.
+
+    Compiled functions run as they were written, and inference mode is off.
     """
+    with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        return _run(loss, params, batch, seed)
+
+
+def _run(loss: Callable[[Leaves, Leaves], tuple[Tensor, Any]], params: Leaves, batch: Leaves, seed: int) -> Loop:
     leaves = [leaf.detach().clone().requires_grad_() for leaf in params]
     losses, rows = [], []
     used = [False] * len(leaves)
@@ -71,7 +78,7 @@ def run(loss: Callable[[Leaves, Leaves], tuple[Tensor, Any]], params: Leaves, ba
     watch = _Narrowest()
     for b in range(batch[0].shape[0]):
         example = [leaf[b].clone() for leaf in batch]
-        with seeded(seed + b, leaves[0].device), torch.enable_grad():
+        with seeded(seed + b, leaves[0].device):
             with watch:
                 value, _ = loss(leaves, example)
             grads: Any = [None] * len(leaves)
@@ -85,10 +92,9 @@ def run(loss: Callable[[Leaves, Leaves], tuple[Tensor, Any]], params: Leaves, ba
         rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)])
     stacked = [torch.stack(column).detach() for column in zip(*rows, strict=True)]
     norms = whole_norms([grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in stacked])
-    finite = torch.stack(losses).isfinite() & norms.isfinite()
     narrowest = min(watch.seen | {leaf.dtype for leaf in params}, key=lambda dtype: -torch.finfo(dtype).eps)
     wide = [g.double() for g in stacked]
-    return Loop(torch.stack(losses).double(), wide, used, finite, narrowest, len(strangers), sorted(changed))
+    return Loop(torch.stack(losses).double(), wide, used, norms.isfinite(), narrowest, len(strangers), sorted(changed))
 
 
 @contextmanager

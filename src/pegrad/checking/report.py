@@ -56,19 +56,26 @@ class CheckReport:
 
     @property
     def title(self) -> str:
-        """What was compared with what."""
-        return f"{self.strategy} against a loop of torch.autograd.grad, {self.examples} examples"
+        """What was compared with what, and how strictly."""
+        limits = ", ".join(f"{limit:.0e} ({name})" for name, limit in zip(self.dtypes, self.tolerances, strict=True))
+        number = f"{self.examples} example{'s' * (self.examples > 1)}"
+        return f"{self.strategy} against the plain loop, {number}; tolerance {limits}"
 
     def __str__(self) -> str:
-        """Return the table as text, at most 100 columns wide."""
+        """Return the table as text, at most 100 columns wide; a path too long for its column has a line of its own."""
         table = [self._header(), *self._rows()]
-        others = [max(len(row[i]) for row in table) for i in range(1, len(table[0]))]
-        room = max(12, WIDTH - sum(others) - 2 * len(others))
-        table = [(_shorten(row[0], room), *row[1:]) for row in table]
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in table]
+        widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
+        lines = []
+        for first, *others in table:
+            if len(first) > widths[0]:
+                lines += textwrap.wrap(first, WIDTH)
+                first = ""
+            cells = zip((first, *others), widths, strict=True)
+            lines.append("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+        title = textwrap.wrap(self.title, WIDTH)
         notes = [textwrap.fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ") for note in self.notes]
-        return "\n".join([self.title, lines[0], "-" * max(map(len, lines)), *lines[1:], *notes])
+        return "\n".join([*title, lines[0], "-" * max(map(len, lines)), *lines[1:], *notes])
 
     def _repr_html_(self) -> str:
         def row(cells: tuple[str, ...], tag: str) -> str:
@@ -79,8 +86,7 @@ class CheckReport:
         return f"<p>{html.escape(self.title)}</p><table>{body}</table>" + (f"<ul>{notes}</ul>" if notes else "")
 
     def _header(self) -> tuple[str, ...]:
-        limits = (f"{name} (≤ {limit:.0e})" for name, limit in zip(self.dtypes, self.tolerances, strict=True))
-        return ("leaf", "shape", *limits, "verdict")
+        return ("leaf", "shape", *self.dtypes, "verdict")
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
@@ -93,8 +99,3 @@ def _number(error: float) -> str:
     if error != error:
         return "-"
     return "0" if error == 0 else f"{error:.1e}"
-
-
-def _shorten(path: str, room: int) -> str:
-    """Keep the end of a long path, where leaves of one model differ."""
-    return path if len(path) <= room else "…" + path[len(path) - room + 1 :]
