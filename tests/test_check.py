@@ -70,6 +70,17 @@ class TestNoFalseAlarm:
         pegrad.check(loss, params, BATCH.to(dtype))
 
     @pytest.mark.parametrize("seed", range(5))
+    def test_the_bias_of_keys_whose_gradient_is_zero_but_for_rounding(self, seed):
+        """Catches: the same in float64, where no narrower loop tells how large the terms are."""
+        torch.manual_seed(seed)
+
+        def loss(params, x):
+            keys = F.linear(x, params["w"], params["b"])
+            return (torch.softmax(x[:, :3] @ keys.T, 1) @ x).sin().sum()
+
+        pegrad.check(loss, cast(PARAMS, torch.float64), torch.randn(6, 20, 4, dtype=torch.float64))
+
+    @pytest.mark.parametrize("seed", range(5))
     def test_a_value_within_rounding_of_a_kink(self, seed):
         """Catches: a rectifier that opens in the strategy and not in the loop, taken for a wrong gradient."""
         torch.manual_seed(seed)
@@ -197,6 +208,22 @@ class TestPlantedFaults:
     def test_right_rules_pass(self):
         rules = rule_with(lambda w, b, call: [Wrong(w, "right"), bias(b)])
         pegrad.check(two_layers, SQUARE, BATCH, strategy=pegrad.BookKeeping(rules=rules))
+
+    @pytest.mark.parametrize("examples", [2, 3, 4])
+    @pytest.mark.parametrize("how", ["none clipped", "all normalised"])
+    def test_a_sum_that_clips_none_or_normalises_all(self, how, examples):
+        """Catches: a bound that all gradients exceed, or none."""
+
+        class Otherwise(type(pegrad.STRATEGIES["naive"])):
+            def weighted_sum(self, problem, weigh):
+                def other(squares):
+                    weights, norms = weigh(squares), squares.sqrt()
+                    return torch.ones_like(weights) if how == "none clipped" else (weights * norms).max() / norms
+
+                return super().weighted_sum(problem, other)
+
+        with pytest.raises(pegrad.CheckError, match=r"params\['w'\] \(wrong sum\)"):
+            pegrad.check(plain, PARAMS, BATCH, strategy=Otherwise(), examples=examples)
 
     def test_norms_that_cancel_in_float32_alone(self):
         """Catches: a comparison in float64 only."""
