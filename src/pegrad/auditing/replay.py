@@ -34,6 +34,10 @@ class Replay(NamedTuple):
         """Nothing was found: the distance is within the bound, the bits repeat, the states agree."""
         return self.distance <= self.bound and self.repeatable and self.same_state  # NaN is within no bound
 
+    def __repr__(self) -> str:  # without the difference, which is private
+        shown = ", ".join(f"{name}={getattr(self, name)}" for name in (*self._fields[1:], "holds"))
+        return f"Replay({shown})"
+
 
 def replay(
     step: Callable[..., Any], params: PyTree, state: Any, batch: Batch, neighbour: Batch, *, sensitivity: float
