@@ -86,6 +86,14 @@ def test_the_bound_of_repeated_runs_holds():
     assert 0.6 * eps < auditing.repeated_runs(1 + many[0], many[1], delta=delta) < eps
 
 
+def test_the_threshold_is_chosen_on_runs_of_its_own():
+    """Catches: the runs that chose the threshold counted as a test of it."""
+    told, mute = torch.ones(50), torch.zeros(50)
+    assert auditing.repeated_runs(torch.cat([told, mute]), torch.cat([mute, mute]), delta=0.0) == 0
+    found = auditing.repeated_runs(torch.cat([told, told]), torch.cat([mute, mute]), delta=0.0)
+    assert found == auditing.clopper_pearson(50, 50, 0, 50, 0.0)
+
+
 def test_clopper_pearson_is_symmetric_and_never_negative():
     """Catches: the other direction of the inequality left out."""
     assert auditing.clopper_pearson(90, 100, 1, 100, 1e-5) == auditing.clopper_pearson(99, 100, 10, 100, 1e-5)
@@ -330,12 +338,14 @@ def test_scores_are_inner_products_of_clipped_gradients():
     batch, all_canaries = ordinary(random.key(1), 5, 6), joined(canaries(6), ordinary(random.key(2), 2, 6))
     step = library(linear)
     state = step.init(params, random.key(3))
-    seen = auditing.observe(step, params, state, [(batch, None)] * 2, all_canaries, auditing.score(linear, clip_norm=2))
+    assert 0 < int((pegrad.per_example_norm(linear)(params, all_canaries) < 20).sum()) < 8
+    score = auditing.score(linear, clip_norm=20)
+    seen = auditing.observe(step, params, state, [(batch, None)] * 2, all_canaries, score)
     stacked = pegrad.per_example_grad(linear)
     for row in seen:
         grads = stacked(params, all_canaries)
         flat = torch.cat([grads["w"], grads["b"][:, None]], 1)
-        flat = flat * (2 / flat.norm(dim=1, keepdim=True)).clamp(max=1)
+        flat = flat * (20 / flat.norm(dim=1, keepdim=True)).clamp(max=1)
         std = SIGMA * step.clipped_grad.sensitivity
         clean = step.clipped_grad(params, batch).grads
         noisy = add_noise(random.fold_in(state.key, state.step), clean, std)
@@ -361,6 +371,33 @@ def test_recording_changes_nothing(optimizer):
     clean = step.clipped_grad(before[0], ordinary(random.key(2), 4, 6)).grads
     noisy = add_noise(random.fold_in(before[1].key, 2), clean, SIGMA * step.clipped_grad.sensitivity)
     assert all(torch.equal(noisy[name], state.optimizer.grads[name]) for name in params)
+
+
+def test_recording_keeps_gradients_that_the_optimizer_writes_over():
+    """Catches: a reference to what the optimizer was given."""
+
+    class Careless:
+        init = staticmethod(lambda params: None)
+        update = staticmethod(lambda grads, state, params: ({k: g.mul_(-0.1) for k, g in grads.items()}, state))
+
+    optimizer = auditing.recording(Careless)
+    updates, state = optimizer.update({"w": torch.ones(3)}, optimizer.init({"w": torch.zeros(3)}), None)
+    assert torch.equal(state.grads["w"], torch.ones(3))
+    assert torch.equal(updates["w"], torch.full((3,), -0.1))
+
+
+def test_two_statistics_share_the_confidence():
+    """Catches: the better of two bounds, each at the level of one."""
+    step, included = library(linear, noise_multiplier=0.1), auditing.coins(random.key(0), 100)
+    params = linear_params(100)
+    given = step, params, step.init(params, random.key(1))
+    batch, score = pick(canaries(100), included), auditing.score(linear, clip_norm=CLIP)
+    for steps, confidence in ((1, 0.95), (2, 0.975)):
+        batches = [(batch, None)] * steps
+        found = auditing.audit(*given, batches, canaries=canaries(100), included=included, score=score, delta=DELTA)
+        scores = auditing.level(auditing.observe(*given, batches, canaries(100), score))
+        assert found == auditing.one_run(scores, included, delta=DELTA, confidence=confidence)
+        assert found.epsilon > 1
 
 
 def test_change_sees_no_noise_that_steps_share():
