@@ -16,14 +16,6 @@ from pegrad.trees import PyTree
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some rows of a call."""
-
-    problem: Problem
-    mask: Tensor | None
-
-
-@dataclass(frozen=True)
 class Call:
     """A loss, its parameters and a batch of at least one row.
 
@@ -34,7 +26,6 @@ class Call:
     problem: Problem
     loss: FlatLoss
     params: optree.PyTreeSpec
-    mask: Tensor | None
     size: int  # rows that the user gave
 
     @classmethod
@@ -55,22 +46,22 @@ class Call:
             rows = [row.new_zeros(1, *row.shape[1:]) for row in rows]
             mask = torch.zeros(1, dtype=torch.bool, device=rows[0].device)
         flat = FlatLoss(loss, params_spec, batch_spec)
-        return cls(Problem(flat, leaves, rows), flat, params_spec, mask, size)
+        return cls(Problem(flat, leaves, rows, mask, rows[0].shape[0]), flat, params_spec, size)
 
-    def chunks(self, size: int | None) -> Iterator[Chunk]:
+    def chunks(self, size: int | None) -> Iterator[Problem]:
         """Split the rows into chunks of at most `size`; None: one chunk."""
         rows = self.problem.batch_size
         size = size or rows
         for start in range(0, rows, size):
             part = slice(start, start + size)
-            problem = replace(self.problem, batch=[leaf[part] for leaf in self.problem.batch])
-            yield Chunk(problem, None if self.mask is None else self.mask[part])
+            mask = None if self.problem.mask is None else self.problem.mask[part]
+            yield replace(self.problem, batch=[leaf[part] for leaf in self.problem.batch], mask=mask)
 
     def rows(self, parts: Sequence[Tensor]) -> Tensor:
         """Join the chunks' rows `(b, ...)`, padding set to zero: `(B, ...)`."""
         whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-        if self.mask is not None:
-            padding = ~self.mask.reshape(-1, *[1] * (whole.dim() - 1))
+        if self.problem.mask is not None:
+            padding = ~self.problem.mask.reshape(-1, *[1] * (whole.dim() - 1))
             whole = whole.masked_fill(padding, 0)
         return whole[: self.size]
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.call import Call
+from pegrad.clipping import Unclipped
 from pegrad.errors import ArgumentError, LeafError
+from pegrad.numerics import widen
 from pegrad.per_example import Loss
 from pegrad.strategies import BookKeeping
-from pegrad.strategies.book import Leafwise, Roots, Stacks, stack_rows, widen
+from pegrad.strategies.book import Leafwise, Roots, Stacks, stack_rows
 from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
 
@@ -134,7 +136,7 @@ def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
     def scale(params: PyTree, batch: PyTree) -> Tensor:
         call = _call_of_some(loss, params, batch, least=2)
         size = call.size
-        sums, squares, _ = BookKeeping().weighted_sum(call.problem, torch.ones_like)
+        sums, squares, _ = BookKeeping().weighted_sum(call.problem, Unclipped())
         of_mean = torch.stack([total.square().sum() for total in sums]).sum() / size**2
         covariance = (squares.sum() - size * of_mean) / (size - 1)
         signal = of_mean - covariance / size

@@ -22,6 +22,8 @@ class Lineage:
     """Indices of the parameter leaves that it depends on."""
     isometric: bool
     """Whether the norm of a gradient at the tensor is that of the gradient that it makes at its one leaf."""
+    cast: bool = False
+    """Whether there is a cast on the way, which a gradient goes through as well."""
 
 
 def lineage(tensor: Tensor, leaves: Mapping[int, int]) -> Lineage:
@@ -34,7 +36,7 @@ def lineage(tensor: Tensor, leaves: Mapping[int, int]) -> Lineage:
     if tensor.grad_fn is None:
         return Lineage(frozenset({leaves[id(tensor)]}), True)
     found: set[int] = set()
-    isometric = True
+    isometric, cast = True, False
     seen: set[Any] = set()
     stack = [tensor.grad_fn]
     while stack:
@@ -47,5 +49,6 @@ def lineage(tensor: Tensor, leaves: Mapping[int, int]) -> Lineage:
                 found.add(leaves[id(node.variable)])
             continue
         isometric &= node.name().startswith(_ISOMETRIC)
+        cast |= node.name().startswith("ToCopyBackward")
         stack += [parent for parent, _ in node.next_functions if parent is not None]
-    return Lineage(frozenset(found), isometric and len(found) == 1)
+    return Lineage(frozenset(found), isometric and len(found) == 1, cast)
