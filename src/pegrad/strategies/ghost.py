@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pegrad.strategies.base import Leaves, Problem, Values, bad_rows
 from pegrad.strategies.book import Norms, gather, native_sum, widen, wipe
+from pegrad.strategies.book_keeping import BookKeeping
 from pegrad.strategies.traced import Traced, values
 from pegrad.tracing.trace import Tapped
 
@@ -15,6 +16,9 @@ from pegrad.tracing.trace import Tapped
 @dataclass(frozen=True)
 class Ghost(Traced):
     """Find the norms site by site, keep nothing, and run backward again from the weighted losses.
+
+    Where the loss has a backward function that is not linear, so that weights do not pass through it, the second pass
+    disagrees with the first, and `BookKeeping` takes the call over.
 
     Source: Li et al. 2022 (ghost clipping); Bu, Mao & Xu 2022 (mixed ghost clipping: the choice at every site).
     """
@@ -32,6 +36,8 @@ class Ghost(Traced):
             totals.extend((site.source, native_sum(site, x, g)) for site in tapped.sites)
 
         copies, _ = trace.backward(weights.to(trace.losses.dtype), receive)
+        if not trace.proportional():
+            return BookKeeping(self.rules, self.timings).weighted_sum(problem, weigh)
         for copy, grad in zip(trace.copies, copies, strict=True):
             totals.append((copy.source, wipe(widen(grad), bad).sum(0)))
         return gather(trace, totals), squares, values(trace)

@@ -68,6 +68,9 @@ class Traced(Strategy):
         apart: set[int] = set()
         while True:
             trace = self.trace(problem, apart)
+            if opaque := trace.opaque() - apart:
+                apart |= opaque
+                continue
             book = make_book(trace)
             copies, leaks = trace.backward(torch.ones_like(trace.losses), book.receive, last=last)
             leaked = {i for i, leaks_here in enumerate(leaks) if leaks_here}
