@@ -48,8 +48,8 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec]:
     """Flatten parameters, having checked that every leaf can carry a gradient.
 
     Raises:
-        LeafError: a leaf is not a tensor, not of a floating-point dtype, or an `nn.Parameter` that is frozen; or there is
-            no leaf at all.
+        LeafError: a leaf is not a tensor, not of a floating-point dtype, or an `nn.Parameter` that is frozen; or there
+            is no leaf at all.
     """
     leaves, spec = flatten(params)
     if not leaves:
@@ -65,8 +65,8 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec]:
             raise LeafError(
                 f"params{path} is an nn.Parameter with requires_grad=False, but every leaf of params gets a gradient "
                 "and noise. Pass only those to be trained, such as {name: p for name, p in module.named_parameters() "
-                "if p.requires_grad}: torch.func.functional_call takes the others from the module. To train this one too, "
-                "pass leaf.detach()"
+                "if p.requires_grad}: torch.func.functional_call takes the others from the module. To train this one "
+                "too, pass leaf.detach()"
             )
     return [_recordable(leaf) for leaf in leaves], spec
 

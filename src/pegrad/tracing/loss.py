@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad import trees
-from pegrad.errors import LeafError, LossError
+from pegrad.errors import LeafError, LossError, PegradError
 from pegrad.tracing.batched import is_constant
 from pegrad.tracing.explained import explained, explanation
 from pegrad.tracing.interception import Interception
@@ -45,7 +45,7 @@ class FlatLoss:
             with Interception(_REPLACEMENTS) as interception:
                 result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
             for error in interception.raised:
-                if explanation(error):
+                if isinstance(error, PegradError) or explanation(error):
                     raise error  # the loss caught what the plain loop would not have raised, and took another path
         value, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         _check_scalar(value)
