@@ -36,7 +36,7 @@ def stacked_with(batch: Any, row: Any, at: int) -> Any:
     return optree.tree_map(lambda t, r: torch.cat([t[:at], r[None], t[at:]]), batch, row, namespace=NAMESPACE)
 
 
-def movement(attack: Attack, strategy: Any, *, at: int = 0, microbatch_size: int | None = None, **options: Any) -> float:
+def movement(attack: Attack, strategy: Any, *, at: int = 0, microbatch_size: Any = None, **options: Any) -> float:
     """How far the row moves the clipped sum, over the sensitivity: the larger of absence and masking."""
     function = pegrad.clipped_grad(
         attack.loss, clip_norm=attack.clip_norm, strategy=strategy, microbatch_size=microbatch_size, **options
@@ -45,10 +45,13 @@ def movement(attack: Attack, strategy: Any, *, at: int = 0, microbatch_size: int
     rows = optree.tree_leaves(batch, namespace=NAMESPACE)[0].shape[0]
     whole = function(attack.params, batch).grads
     mask = torch.arange(rows) != at
-    return max(
-        distance(whole, function(attack.params, attack.batch).grads),
-        distance(whole, function(attack.params, batch, mask).grads),
-    ) / function.sensitivity
+    return (
+        max(
+            distance(whole, function(attack.params, attack.batch).grads),
+            distance(whole, function(attack.params, batch, mask).grads),
+        )
+        / function.sensitivity
+    )
 
 
 def distance(a: Any, b: Any) -> float:

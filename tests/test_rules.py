@@ -82,7 +82,7 @@ def test_every_kernel_of_every_site_agrees_with_the_stacked_gradient():
             seen.extend([site.operation, *stacks, *site.norming(*shapes)])
 
     expected = oracle.per_example_grads(everything, dict(sorted(PARAMS.items())), BATCH)
-    trace.backward(torch.ones(4, dtype=torch.float64), receive)
+    trace.backward(receive)
     assert {"conv2d", "conv_transpose2d", "group norm scale", "linear", "gram_box", "segments"} <= set(seen)
 
 
@@ -371,7 +371,7 @@ def test_changing_an_operations_input_in_place_afterwards_is_an_error_as_in_pyto
         hidden.mul_(3)
         return y.sum() + hidden.sum()
 
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(pegrad.LossError, match="writes in place"):
         pegrad.clipped_grad(loss, clip_norm=1.0, strategy="book_keeping")(r(3, 2), r(4, 3))
 
 

@@ -1,4 +1,4 @@
-"""One example moves the clipped sum by at most the sensitivity and a ten-thousandth: whatever it holds, in any dtype."""
+"""One example moves the clipped sum by at most the sensitivity and a ten-thousandth, whatever it holds."""
 
 import math
 
@@ -23,7 +23,7 @@ def cast(tree, dtype):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_hostile_example_moves_the_sum_further(name, strategy):
-    """Catches: absorption in native sums, cancellation and underflow in Gram norms, a clamp after the sum over leaves."""
+    """Catches: absorption in native sums, cancellation and underflow in Gram norms, a clamp after all leaves."""
     attack = ATTACKS[name]()
     assert movement(attack, strategy) <= LIMIT
     assert movement(attack, strategy, at=3, normalize_by=7.0) <= LIMIT

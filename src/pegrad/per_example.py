@@ -13,6 +13,7 @@ from pegrad.clipping import Flat
 from pegrad.numerics import accumulator
 from pegrad.strategies import Strategy, resolve
 from pegrad.strategies.base import Leaves
+from pegrad.tracing.eager import eager
 from pegrad.trees import PyTree
 
 Loss = Callable[[Any, Any], Any]
@@ -103,6 +104,7 @@ def per_example_value_and_grad(
     chosen = resolve(strategy)
     check_size("chunk_size", chunk_size)
 
+    @eager
     def values_and_grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PerExample:
         call = Call.of(loss, params, batch, mask)
         answers = [chosen.stacked(chunk) for chunk in call.chunks(chunk_size)]
@@ -133,6 +135,7 @@ def per_example_norm(
     chosen = resolve(strategy)
     check_size("chunk_size", chunk_size)
 
+    @eager
     def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
         call = Call.of(loss, params, batch, mask)
         squares = [chosen.squared_norms(chunk)[0] for chunk in call.chunks(chunk_size)]
@@ -196,6 +199,7 @@ class ClippedGrad:
         """How far one example, added or removed, can move the value: `clip_norm / normalize_by`."""
         return self.clipping.bound
 
+    @eager
     def __call__(self, params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Clipped:
         """Evaluate the sum.
 
