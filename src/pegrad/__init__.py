@@ -1,6 +1,6 @@
 """Per-example gradients and differentially private SGD for pure PyTorch functions."""
 
-from pegrad import accounting, data, models, optim, random, sampling
+from pegrad import accounting, auditing, data, models, optim, random, sampling
 from pegrad.check import check
 from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step, add_noise, dp_sgd
@@ -67,6 +67,7 @@ __all__ = [
     "Vmap",
     "accounting",
     "add_noise",
+    "auditing",
     "autotune",
     "check",
     "clipped_grad",

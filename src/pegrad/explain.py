@@ -18,6 +18,7 @@ from pegrad.strategies.auto import Auto
 from pegrad.strategies.book import Roots
 from pegrad.strategies.choice import Candidate, candidates, timing_key
 from pegrad.strategies.traced import Traced
+from pegrad.tracing.eager import eager
 from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
 
@@ -68,6 +69,7 @@ class Explanation:
         return f"<table>{row(_HEADER, 'th')}{''.join(row(_cells(use), 'td') for use in self.uses)}{unused}</table>"
 
 
+@eager
 def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strategy = "auto") -> Explanation:
     """Run a loss once, forward only, and say how a strategy will find norms and clipped sum, use by use.
 
@@ -117,6 +119,7 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
     return Explanation(tuple(uses), unused)
 
 
+@eager
 def autotune(
     loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strategy = "auto", repeats: int = 3
 ) -> Strategy:

@@ -59,7 +59,7 @@ def candidates(site: Site, x: Shape, g: Shape, timings: Timings) -> list[Candida
         measured = timings.get(timing_key(site, x, g, name))
         return nanoseconds(kernel.rates, kernel.work, device) if measured is None else measured
 
-    native = site.summing(x, g)
+    native = site.summing(x, g) if site.bounded else None
     native_time = time("native", native) if native else None
     found = []
     for name, kernel in site.stacking(x, g).items():
