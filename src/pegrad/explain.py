@@ -17,6 +17,7 @@ from pegrad.strategies import BookKeeping, Strategy, resolve
 from pegrad.strategies.auto import Auto
 from pegrad.strategies.book import Roots
 from pegrad.strategies.choice import Candidate, candidates, timing_key
+from pegrad.strategies.failures import explained
 from pegrad.strategies.traced import Traced
 from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
@@ -86,7 +87,9 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
         LeafError, LossError: as `pegrad.per_example_grad`.
     """
     chosen = _traced(strategy)
-    trace = chosen.trace(Call.of(loss, params, batch, None).problem)
+    problem = Call.of(loss, params, batch, None).problem
+    with explained(chosen, problem):
+        trace = chosen.trace(problem)
     roots = Roots.of(trace)
     paths = trees.paths(params)
 
@@ -139,7 +142,9 @@ def autotune(
     """
     chosen = _traced(strategy)
     check_size("repeats", repeats)
-    trace = chosen.trace(Call.of(loss, params, batch, None).problem)
+    problem = Call.of(loss, params, batch, None).problem
+    with explained(chosen, problem):
+        trace = chosen.trace(problem)
     timings: dict[str, float] = {}
     for site, tapped in _sites(trace):
         native = site.summing(tapped.x, tapped.y)

@@ -13,6 +13,7 @@ from pegrad.call import Call, check_size
 from pegrad.clipping import check_positive, clip_weights
 from pegrad.strategies import Strategy, resolve
 from pegrad.strategies.base import Leaves
+from pegrad.strategies.failures import explained
 from pegrad.trees import PyTree
 
 Loss = Callable[[Any, Any], Any]
@@ -105,7 +106,8 @@ def per_example_value_and_grad(
 
     def values_and_grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PerExample:
         call = Call.of(loss, params, batch, mask)
-        answers = [chosen.stacked(chunk.problem) for chunk in call.chunks(chunk_size)]
+        with explained(chosen, call.problem):
+            answers = [chosen.stacked(chunk.problem) for chunk in call.chunks(chunk_size)]
         grads, values = zip(*answers, strict=True)
         leaves = [call.rows(parts) for parts in zip(*grads, strict=True)]
         return PerExample(trees.unflatten(call.params, leaves), call.losses(values), call.aux(values))
@@ -135,7 +137,8 @@ def per_example_norm(
 
     def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
         call = Call.of(loss, params, batch, mask)
-        squares = [chosen.squared_norms(chunk.problem)[0] for chunk in call.chunks(chunk_size)]
+        with explained(chosen, call.problem):
+            squares = [chosen.squared_norms(chunk.problem)[0] for chunk in call.chunks(chunk_size)]
         return call.rows(squares).clamp(min=0).sqrt()
 
     return norms
@@ -217,7 +220,8 @@ class ClippedGrad:
         sums: Leaves = []
         squares, values = [], []
         for chunk in call.chunks(self.microbatch_size):
-            parts, norms, value = self.strategy.weighted_sum(chunk.problem, partial(self._weigh, mask=chunk.mask))
+            with explained(self.strategy, chunk.problem):
+                parts, norms, value = self.strategy.weighted_sum(chunk.problem, partial(self._weigh, mask=chunk.mask))
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
             squares.append(norms)
             values.append(value)

@@ -17,6 +17,7 @@ from pegrad.errors import ArgumentError, LeafError
 from pegrad.per_example import Loss
 from pegrad.strategies import BookKeeping
 from pegrad.strategies.book import Leafwise, Roots, Stacks, stack_rows, widen
+from pegrad.strategies.failures import explained
 from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
 
@@ -53,7 +54,9 @@ def per_example_dot(loss: Loss) -> Callable[..., Tensor]:
         if spec != call.params or [v.shape for v in vectors] != shapes:
             raise LeafError("direction differs from params in structure or shapes: expected a pytree like params")
         book = partial(_Dots, vectors=[widen(vector.detach()) for vector in vectors])
-        _, found = BookKeeping().run(call.problem, book)
+        strategy = BookKeeping()
+        with explained(strategy, call.problem):
+            _, found = strategy.run(call.problem, book)
         return call.rows([found.total])
 
     return dots
@@ -76,7 +79,9 @@ def gradient_gram(loss: Loss) -> Callable[..., Tensor]:
 
     def gram(params: PyTree, batch: PyTree) -> Tensor:
         call = Call.of(loss, params, batch, None)
-        _, found = BookKeeping().run(call.problem, _Gram)
+        strategy = BookKeeping()
+        with explained(strategy, call.problem):
+            _, found = strategy.run(call.problem, _Gram)
         return found.total[: call.size, : call.size]
 
     return gram
@@ -105,7 +110,9 @@ def gradient_moments(loss: Loss) -> Callable[..., Moments]:
             mean[leaf] = rows.mean(0)
             variance[leaf] = (rows - mean[leaf]).square().sum(0) / (len(rows) - 1 or float("nan"))
 
-        BookKeeping().run(call.problem, partial(Stacks, visit=visit))
+        strategy = BookKeeping()
+        with explained(strategy, call.problem):
+            strategy.run(call.problem, partial(Stacks, visit=visit))
         return Moments(trees.unflatten(call.params, mean), trees.unflatten(call.params, variance))
 
     return moments
@@ -134,7 +141,9 @@ def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
     def scale(params: PyTree, batch: PyTree) -> Tensor:
         call = _call_of_some(loss, params, batch, least=2)
         size = call.size
-        sums, squares, _ = BookKeeping().weighted_sum(call.problem, torch.ones_like)
+        strategy = BookKeeping()
+        with explained(strategy, call.problem):
+            sums, squares, _ = strategy.weighted_sum(call.problem, torch.ones_like)
         of_mean = torch.stack([total.square().sum() for total in sums]).sum() / size**2
         covariance = (squares.sum() - size * of_mean) / (size - 1)
         signal = of_mean - covariance / size
