@@ -135,7 +135,12 @@ class Wrong(LinearWeight):
 
     def norming(self, x, g):
         run = super().stacking(x, g)["product"].run
-        return {"free": pegrad.Kernel("gram", FREE, lambda x, g: self.norm * run(x, g).flatten(1).square().sum(1))}
+
+        def squares(x, g):
+            found = self.norm * run(x, g).flatten(1).square().sum(1)
+            return found, found
+
+        return {"free": pegrad.Kernel("gram", FREE, squares)}
 
     def summing(self, x, g):
         run = super().summing(x, g).run

@@ -17,6 +17,7 @@ from pegrad.strategies import BookKeeping, Strategy, resolve
 from pegrad.strategies.auto import Auto
 from pegrad.strategies.book import Roots
 from pegrad.strategies.choice import Candidate, candidates, timing_key
+from pegrad.strategies.failures import attributed
 from pegrad.strategies.traced import Traced
 from pegrad.tracing.eager import eager
 from pegrad.tracing.trace import Tapped, Trace
@@ -88,7 +89,9 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
         LeafError, LossError: as `pegrad.per_example_grad`.
     """
     chosen = _traced(strategy)
-    trace = chosen.trace(Call.of(loss, params, batch, None).problem)
+    problem = Call.of(loss, params, batch, None).problem
+    with attributed(chosen, problem):
+        trace = chosen.trace(problem)
     roots = Roots.of(trace)
     paths = trees.paths(params)
 
@@ -142,7 +145,9 @@ def autotune(
     """
     chosen = _traced(strategy)
     check_size("repeats", repeats)
-    trace = chosen.trace(Call.of(loss, params, batch, None).problem)
+    problem = Call.of(loss, params, batch, None).problem
+    with attributed(chosen, problem):
+        trace = chosen.trace(problem)
     timings: dict[str, float] = {}
     for site, tapped in _sites(trace):
         native = site.summing(tapped.x, tapped.y)
