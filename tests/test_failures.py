@@ -59,7 +59,7 @@ STATISTICS = [
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [
-        (branches, "asks for the value of a tensor"),
+        (branches, "asks a tensor for its value"),
         (lambda p, x: torch.rrelu(p["w"] * x, training=True).sum(), "aten::rrelu"),
         (lambda p, x: (p["w"] * x)[x > 2].sum(), "size depends on the example"),
     ],
@@ -88,7 +88,7 @@ def test_no_strategy_is_recommended_that_fails_as_well(strategy):
         lambda p, x: Doubled.apply(p["w"] * x).sum(),
         lambda p, x: torch.tensor_split(p["w"] * x, torch.tensor([1]))[0].sum(),
     ):
-        with pytest.raises(pegrad.StrategyError, match="plain autograd can") as caught:
+        with pytest.raises(pegrad.StrategyError, match="Plain autograd can") as caught:
             pegrad.per_example_grad(loss, strategy=strategy)(PARAMS, BATCH)
         assert "strategy='naive'" not in str(caught.value)
 

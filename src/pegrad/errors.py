@@ -17,8 +17,8 @@ class LossError(PegradError, TypeError):
     """The loss is not a scalar function of one example, or couples the examples of a batch."""
 
 
-class StrategyError(PegradError, RuntimeError):
-    """A strategy cannot run a loss that is right by itself; the message says why, and which strategy can."""
+class StrategyError(LossError, RuntimeError):
+    """A strategy cannot run a loss that plain autograd can; the message says why, and which strategy can."""
 
 
 class MissingExtraError(PegradError, ImportError):

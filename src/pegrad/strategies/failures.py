@@ -1,6 +1,5 @@
 """Whose failure it is when an exception that is not pegrad's ends a call: the loss's, or the strategy's."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,14 +10,7 @@ from pegrad.errors import PegradError, StrategyError
 from pegrad.strategies.base import Problem, Strategy
 from pegrad.strategies.naive import Naive
 from pegrad.tracing.batched import transformed
-
-_REASONS = (
-    (r"data-dependent control flow|\.item\(\)", "it asks for the value of a tensor (by if, bool, .item(), ...)"),
-    (r"dynamic shape|masked_select", "it makes a tensor whose size depends on the example"),
-    (r"in[- ]?place", "it writes in place to a tensor that the examples share"),
-    (r"(aten::\w+(\.\w+)?)", r"PyTorch cannot vectorise \1"),
-)
-"""What errors of PyTorch's say, as a regular expression, and what that means for a loss of one example."""
+from pegrad.tracing.explanations import explanation
 
 
 @contextmanager
@@ -47,7 +39,9 @@ def attributed(strategy: Strategy, problem: Problem) -> Iterator[None]:
             raise
         failure = error
     advice = _ask_the_loop(strategy, problem)
-    raise StrategyError(f"{type(strategy).__name__} cannot run this loss: {_reason(failure)}. {advice}") from failure
+    # An exception's own words may hold an example's numbers.
+    reason = explanation(failure) or f"It ended with a {type(failure).__name__} (above)"
+    raise StrategyError(f"{type(strategy).__name__} cannot run this loss. {reason}. {advice}") from failure
 
 
 def _ask_the_loop(strategy: Strategy, problem: Problem) -> str:
@@ -55,30 +49,20 @@ def _ask_the_loop(strategy: Strategy, problem: Problem) -> str:
     first = replace(problem, batch=[leaf[:1] for leaf in problem.batch])
     if transformed():  # where plain autograd may not be called
         Naive().stacked(first)
-        return "strategy='naive' can"
+        return "Use strategy='naive', a loop over the examples, which can"
     leaves = [leaf.detach().requires_grad_() for leaf in problem.params]
     with torch.enable_grad():
-        loss, _ = problem.loss(leaves, [leaf[0] for leaf in problem.batch])
-        if loss.requires_grad:
-            torch.autograd.grad(loss, leaves, allow_unused=True)
-    with torch.no_grad():
-        for b in range(1, problem.batch_size):
-            problem.loss(leaves, [leaf[b] for leaf in problem.batch])
+        for b in range(problem.batch_size):
+            loss, _ = problem.loss(leaves, [leaf[b] for leaf in problem.batch])
+            if b == 0 and loss.requires_grad:
+                torch.autograd.grad(loss, leaves, allow_unused=True)
     if not isinstance(strategy, Naive):
         try:
             Naive().stacked(first)
         except Exception:
-            return "plain autograd can, but so far no strategy"
-        return "strategy='naive' can"
-    return "plain autograd can, but so far no strategy"
-
-
-def _reason(error: Exception) -> str:
-    """Say why in words of our own: an exception's may hold an example's numbers."""
-    for pattern, meaning in _REASONS:
-        if found := re.search(pattern, str(error)):
-            return found.expand(meaning)
-    return f"{type(error).__name__} (above)"
+            return "Plain autograd can, but so far no strategy"
+        return "Use strategy='naive', a loop over the examples, which can"
+    return "Plain autograd can, but so far no strategy"
 
 
 def _out_of_memory(error: Exception) -> bool:
