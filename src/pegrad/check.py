@@ -9,12 +9,15 @@ from pegrad.call import check_size
 from pegrad.checking.compare import Errors, Subject, compare, compare_random, distance_of, dtype_name
 from pegrad.checking.loop import Loop
 from pegrad.checking.report import CheckReport, LeafCheck
-from pegrad.errors import ArgumentError, CheckError, LossError
+from pegrad.errors import CheckError
 from pegrad.per_example import Loss
 from pegrad.strategies import Strategy, resolve
+from pegrad.tracing.eager import eager
+from pegrad.tracing.loss import independent
 from pegrad.trees import PyTree
 
 
+@eager
 def check(
     loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strategy = "auto", examples: int = 4
 ) -> CheckReport:
@@ -38,10 +41,11 @@ def check(
         A `CheckReport`, leaf by leaf, which prints as a table. Its notes say what could not be compared.
 
     Raises:
-        CheckError: a difference beyond rounding; a loss that is not a pure function; or nothing to compare, because no
+        CheckError: a difference beyond rounding; a loss that differs from run to run; or nothing to compare, because no
             gradient is finite. The report, where there is one, is the error's `report`.
-        ArgumentError: an empty batch, `examples` below 1, an unknown strategy, or a call in inference mode.
-        LossError: the loss depends on no leaf of `params`; or as `pegrad.per_example_grad`.
+        ArgumentError: an empty batch, `examples` below 1, or an unknown strategy.
+        LossError: the loss depends on no leaf of `params`, or changes an argument in place; or as
+            `pegrad.per_example_grad`.
         LeafError: as `pegrad.per_example_grad`.
 
     >>> import torch, pegrad
@@ -53,10 +57,6 @@ def check(
     [("params['w']", 'same')]
     """
     check_size("examples", examples)
-    if torch.is_inference_mode_enabled():
-        raise ArgumentError(
-            "pegrad.check was called under torch.inference_mode(), where nothing has a gradient: leave it"
-        )
     subject = Subject.of(loss, params, batch, resolve(strategy), examples)
     loop = subject.loop()
     random = _is_random(subject, loop)
@@ -105,11 +105,7 @@ def _is_random(subject: Subject, loop: Loop) -> bool:
         CheckError: it differs from run to run for another reason, or has no finite gradient.
     """
     if not any(loop.used):
-        raise LossError(
-            "The loss depends on no leaf of params, so every gradient is zero and training would follow the noise "
-            "alone: call a module by torch.func.functional_call(module, params, ...), not by itself, and return a "
-            "value that is not detached"
-        )
+        raise independent()
     random = not loop.equals(subject.loop(seed=1000))
     if random and not loop.equals(subject.loop()):
         raise CheckError(

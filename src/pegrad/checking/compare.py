@@ -10,7 +10,7 @@ from torch import Tensor
 from pegrad import trees
 from pegrad.call import Call
 from pegrad.checking.loop import Leaves, Loop, row_norms, run, seeded, whole_norms
-from pegrad.errors import ArgumentError, CheckError
+from pegrad.errors import ArgumentError, LossError
 from pegrad.per_example import Loss, clipped_grad, per_example_norm, per_example_value_and_grad
 from pegrad.strategies import Strategy
 from pegrad.trees import PyTree
@@ -126,15 +126,15 @@ class Subject:
         """Run the plain loop.
 
         Raises:
-            CheckError: the loss changed an argument in place.
+            LossError: the loss changed an argument in place.
         """
         problem = Call.of(self.loss, self.params, self.batch, None).problem
         loop = run(problem.loss, problem.params, problem.batch, seed)
         if loop.changed:
             names = self.names()
-            raise CheckError(
+            raise LossError(
                 f"The loss changes {', '.join(names[i] for i in loop.changed)} in place, so it is not a pure function: "
-                "let it work on a copy (.clone()) or use the operation that is not in place"
+                "make a new tensor (a = a * b in place of a.mul_(b); an activation with inplace=False)"
             )
         return loop
 
