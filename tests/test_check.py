@@ -2,7 +2,7 @@
 compared is said."""
 
 import random as python_random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import optree
 import pytest
@@ -80,6 +80,18 @@ class TestNoFalseAlarm:
             return (torch.softmax(x[:, :3] @ keys.T, 1) @ x).sin().sum()
 
         pegrad.check(loss, cast(PARAMS, torch.float64), torch.randn(6, 20, 4, dtype=torch.float64))
+
+    def test_norms_and_sums_whose_terms_cancel(self):
+        """Catches: an alarm at what the guarantee leaves to rounding, or at a row that the strategy mistrusts."""
+        x, g = torch.randn(4, 8, 256) + 1e4 * torch.randn(256), torch.randn(4, 8, 256)
+        loss = lambda p, e: (F.linear(e[0], p["w"]) * e[1]).sum()  # noqa: E731
+        for strategy in ("ghost", "book_keeping"):
+            pegrad.check(loss, {"w": torch.randn(256, 256)}, (x, g - g.mean(1, keepdim=True)), strategy=strategy)
+        tokens = torch.tensor([[1, 1], [0, 2], [2, 3], [3, 0]])
+        factors = torch.tensor([[1e14, -1e14], [1.0, 1.0], [1.0, 2.0], [0.5, 1.0]])
+        loss = lambda p, e: (F.embedding(e[0], p["w"]).sum(1) * e[1]).sum()  # noqa: E731
+        report = pegrad.check(loss, {"w": torch.randn(5, 3)}, (tokens, factors), strategy="book_keeping")
+        assert any("1 example(s) no weight" in note for note in report.notes)
 
     @pytest.mark.parametrize("seed", range(5))
     def test_a_value_within_rounding_of_a_kink(self, seed):
@@ -213,6 +225,23 @@ class TestPlantedFaults:
     def test_right_rules_pass(self):
         rules = rule_with(lambda w, b, call: [Wrong(w, "right"), bias(b)])
         pegrad.check(two_layers, SQUARE, BATCH, strategy=pegrad.BookKeeping(rules=rules))
+
+    @pytest.mark.parametrize("rows", [1, 4])
+    def test_norms_that_are_infinite(self, rows):
+        """Catches: a strategy that gives no example any weight, and so agrees on all that it has."""
+
+        class Careful(type(pegrad.STRATEGIES["naive"])):
+            def weighted_sum(self, problem, weighting):
+                mask = torch.arange(4) >= rows
+                sums, squares, values = super().weighted_sum(replace(problem, mask=mask), weighting)
+                return sums, squares.masked_fill(~mask, torch.inf), values
+
+        if rows == 1:
+            report = pegrad.check(plain, PARAMS, BATCH, strategy=Careful())
+            assert any("no weight" in note for note in report.notes)
+            return
+        with pytest.raises(pegrad.CheckError, match=r"norms \(wrong\)"):
+            pegrad.check(plain, PARAMS, BATCH, strategy=Careful())
 
     @pytest.mark.parametrize("examples", [2, 3, 4])
     @pytest.mark.parametrize("how", ["none clipped", "all normalised"])

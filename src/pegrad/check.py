@@ -90,6 +90,11 @@ def check(
             "The strategy draws other random numbers than the loop from the same seed, so its losses and gradients "
             "could not be compared with the loop's. Check once more with the randomness off (module.eval())."
         )
+    if shunned := max(errors.shunned for errors in found):
+        notes.append(
+            f"The strategy gave {shunned} example(s) no weight, and counts them as not finite: the terms of their "
+            "gradients cancel so far that rounding could not be trusted. Norms and sum are compared on the others."
+        )
     report = _report(subject, strategy, loop, found, notes)
     if report.differing:
         coupled = subject.size > 1 and not random and compare(subject, loop, loop, alone=True).within()
@@ -142,20 +147,24 @@ def _notes(loop: Loop, random: bool) -> list[str]:
 def _report(
     subject: Subject, strategy: str | Strategy, loop: Loop, found: list[Errors], notes: list[str]
 ) -> CheckReport:
+    narrow, wide = [of.tolerance for of in found], [of.wide_tolerance for of in found]
     leaves = []
     for i, (path, leaf, used) in enumerate(zip(subject.names(), trees.leaves(subject.params), loop.used, strict=False)):
         grads, sums = [of.grads[i] for of in found], [of.sums[i] for of in found]
-        differing = [name for name, errors in (("gradient", grads), ("sum", sums)) if _differ(errors, found)]
+        wrong = [name for name, bad in (("gradient", _above(grads, narrow)), ("sum", _above(sums, wide))) if bad]
         verdict = "same" if used else "not used"
-        if differing:
-            verdict = f"wrong {' and '.join(differing)}"
+        if wrong:
+            verdict = f"wrong {' and '.join(wrong)}"
         elif any(map(isnan, grads)):
             verdict = "sum only"
         # `max` in this order passes over NaN
         leaves.append(LeafCheck(path, tuple(leaf.shape), tuple(map(max, sums, grads)), verdict))
     values = []
-    for name, errors in (("losses", [of.losses for of in found]), ("norms", [of.norms for of in found])):
-        verdict = "wrong" if _differ(errors, found) else "not compared" if any(map(isnan, errors)) else "same"
+    for name, errors, tolerances in (
+        ("losses", [of.losses for of in found], narrow),
+        ("norms", [of.norms for of in found], wide),
+    ):
+        verdict = "wrong" if _above(errors, tolerances) else "not compared" if any(map(isnan, errors)) else "same"
         values.append(LeafCheck(name, (subject.size,), tuple(errors), verdict))
     return CheckReport(
         strategy if isinstance(strategy, str) else type(strategy).__name__,
@@ -169,8 +178,8 @@ def _report(
     )
 
 
-def _differ(errors: list[float], found: list[Errors]) -> bool:
-    return any(error > of.tolerance for error, of in zip(errors, found, strict=True))
+def _above(errors: list[float], tolerances: list[float]) -> bool:
+    return any(error > tolerance for error, tolerance in zip(errors, tolerances, strict=True))
 
 
 def _complaint(report: CheckReport, coupled: bool) -> str:
