@@ -232,7 +232,7 @@ class TestPlantedFaults:
 
         class Careful(type(pegrad.STRATEGIES["naive"])):
             def weighted_sum(self, problem, weighting):
-                mask = torch.arange(4) >= rows
+                mask = torch.arange(problem.batch_size) >= rows
                 sums, squares, values = super().weighted_sum(replace(problem, mask=mask), weighting)
                 return sums, squares.masked_fill(~mask, torch.inf), values
 
@@ -435,6 +435,11 @@ class TestWhatCannotBeCompared:
         factors = torch.tensor([1, 1e25, 1, 1, 1, 1])[:, None]
         report = pegrad.check(lambda p, x: F.linear(x, p["w"]).sum(), {"w": PARAMS["w"]}, BATCH * factors)
         assert report.left_out == 1
+
+    @pytest.mark.parametrize("factor", [1e-12, 1e12])
+    def test_gradients_that_no_clip_norm_suits(self, factor):
+        """Catches: a clip norm that is refused."""
+        pegrad.check(lambda p, x: plain(p, x) * factor, PARAMS, BATCH)
 
     def test_an_infinite_loss_with_a_finite_gradient_is_no_difference(self):
         loss = lambda p, x: F.linear(x, p["w"]).sum() * torch.tensor(60000.0, dtype=x.dtype)  # noqa: E731

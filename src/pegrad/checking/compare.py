@@ -284,10 +284,9 @@ def _worst(distance: Tensor, size: Tensor) -> float:
 def _clip_norm(norms: Tensor) -> float:
     """Find a bound that some norms exceed and some do not; of one alone, half of it."""
     ordered = norms[norms.isfinite() & (norms > 0)].sort().values
-    if len(ordered) == 0:
-        return 1.0
     middle = len(ordered) // 2
-    return float(ordered[middle - 1 : middle + 1].mean() if middle else ordered[0] / 2)
+    bound = float(ordered[middle - 1 : middle + 1].mean() if middle else ordered.sum() / 2)
+    return min(max(bound, 1e-9), 1e9)  # what a clip norm may be
 
 
 def _double(tree: PyTree) -> Leaves:
