@@ -9,12 +9,15 @@ from pegrad.call import check_size
 from pegrad.checking.compare import Errors, Subject, compare, compare_random, distance_of, dtype_name
 from pegrad.checking.loop import Loop
 from pegrad.checking.report import CheckReport, LeafCheck
-from pegrad.errors import ArgumentError, CheckError, LossError
+from pegrad.errors import CheckError
 from pegrad.per_example import Loss
 from pegrad.strategies import Strategy, resolve
+from pegrad.tracing.eager import eager
+from pegrad.tracing.loss import independent
 from pegrad.trees import PyTree
 
 
+@eager
 def check(
     loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strategy = "auto", examples: int = 4
 ) -> CheckReport:
@@ -38,10 +41,11 @@ def check(
         A `CheckReport`, leaf by leaf, which prints as a table. Its notes say what could not be compared.
 
     Raises:
-        CheckError: a difference beyond rounding; a loss that is not a pure function; or nothing to compare, because no
+        CheckError: a difference beyond rounding; a loss that differs from run to run; or nothing to compare, because no
             gradient is finite. The report, where there is one, is the error's `report`.
-        ArgumentError: an empty batch, `examples` below 1, an unknown strategy, or a call in inference mode.
-        LossError: the loss depends on no leaf of `params`; or as `pegrad.per_example_grad`.
+        ArgumentError: an empty batch, `examples` below 1, or an unknown strategy.
+        LossError: the loss depends on no leaf of `params`, or changes an argument in place; or as
+            `pegrad.per_example_grad`.
         LeafError: as `pegrad.per_example_grad`.
 
     >>> import torch, pegrad
@@ -53,10 +57,6 @@ def check(
     [("params['w']", 'same')]
     """
     check_size("examples", examples)
-    if torch.is_inference_mode_enabled():
-        raise ArgumentError(
-            "pegrad.check was called under torch.inference_mode(), where nothing has a gradient: leave it"
-        )
     subject = Subject.of(loss, params, batch, resolve(strategy), examples)
     loop = subject.loop()
     random = _is_random(subject, loop)
@@ -90,6 +90,11 @@ def check(
             "The strategy draws other random numbers than the loop from the same seed, so its losses and gradients "
             "could not be compared with the loop's. Check once more with the randomness off (module.eval())."
         )
+    if shunned := max(errors.shunned for errors in found):
+        notes.append(
+            f"The strategy gave {shunned} example(s) no weight, and counts them as not finite: the terms of their "
+            "gradients cancel so far that rounding could not be trusted. Norms and sum are compared on the others."
+        )
     report = _report(subject, strategy, loop, found, notes)
     if report.differing:
         coupled = subject.size > 1 and not random and compare(subject, loop, loop, alone=True).within()
@@ -105,11 +110,7 @@ def _is_random(subject: Subject, loop: Loop) -> bool:
         CheckError: it differs from run to run for another reason, or has no finite gradient.
     """
     if not any(loop.used):
-        raise LossError(
-            "The loss depends on no leaf of params, so every gradient is zero and training would follow the noise "
-            "alone: call a module by torch.func.functional_call(module, params, ...), not by itself, and return a "
-            "value that is not detached"
-        )
+        raise independent()
     random = not loop.equals(subject.loop(seed=1000))
     if random and not loop.equals(subject.loop()):
         raise CheckError(
@@ -146,20 +147,24 @@ def _notes(loop: Loop, random: bool) -> list[str]:
 def _report(
     subject: Subject, strategy: str | Strategy, loop: Loop, found: list[Errors], notes: list[str]
 ) -> CheckReport:
+    narrow, wide = [of.tolerance for of in found], [of.wide_tolerance for of in found]
     leaves = []
     for i, (path, leaf, used) in enumerate(zip(subject.names(), trees.leaves(subject.params), loop.used, strict=False)):
         grads, sums = [of.grads[i] for of in found], [of.sums[i] for of in found]
-        differing = [name for name, errors in (("gradient", grads), ("sum", sums)) if _differ(errors, found)]
+        wrong = [name for name, bad in (("gradient", _above(grads, narrow)), ("sum", _above(sums, wide))) if bad]
         verdict = "same" if used else "not used"
-        if differing:
-            verdict = f"wrong {' and '.join(differing)}"
+        if wrong:
+            verdict = f"wrong {' and '.join(wrong)}"
         elif any(map(isnan, grads)):
             verdict = "sum only"
         # `max` in this order passes over NaN
         leaves.append(LeafCheck(path, tuple(leaf.shape), tuple(map(max, sums, grads)), verdict))
     values = []
-    for name, errors in (("losses", [of.losses for of in found]), ("norms", [of.norms for of in found])):
-        verdict = "wrong" if _differ(errors, found) else "not compared" if any(map(isnan, errors)) else "same"
+    for name, errors, tolerances in (
+        ("losses", [of.losses for of in found], narrow),
+        ("norms", [of.norms for of in found], wide),
+    ):
+        verdict = "wrong" if _above(errors, tolerances) else "not compared" if any(map(isnan, errors)) else "same"
         values.append(LeafCheck(name, (subject.size,), tuple(errors), verdict))
     return CheckReport(
         strategy if isinstance(strategy, str) else type(strategy).__name__,
@@ -173,8 +178,8 @@ def _report(
     )
 
 
-def _differ(errors: list[float], found: list[Errors]) -> bool:
-    return any(error > of.tolerance for error, of in zip(errors, found, strict=True))
+def _above(errors: list[float], tolerances: list[float]) -> bool:
+    return any(error > tolerance for error, tolerance in zip(errors, tolerances, strict=True))
 
 
 def _complaint(report: CheckReport, coupled: bool) -> str:

@@ -34,7 +34,7 @@ class BatchOverflowError(PegradError, RuntimeError):
 
 
 class CheckError(PegradError, RuntimeError):
-    """`pegrad.check` found a strategy that differs from the plain loop, or a loss that is not a pure function.
+    """`pegrad.check` found a strategy that differs from the plain loop, or nothing that it could compare.
 
     Attributes:
         report: the `CheckReport`, or None where nothing could be compared.

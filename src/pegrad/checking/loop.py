@@ -62,14 +62,7 @@ def run(loss: Callable[[Leaves, Leaves], tuple[Tensor, Any]], params: Leaves, ba
         params: the parameter leaves.
         batch: the batch's leaves, each `(B, ...)`, B >= 1.
         seed: torch's generators start from `seed + b` for example b. They are left as they were.
-
-    Compiled functions run as they were written, and inference mode is off.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        return _run(loss, params, batch, seed)
-
-
-def _run(loss: Callable[[Leaves, Leaves], tuple[Tensor, Any]], params: Leaves, batch: Leaves, seed: int) -> Loop:
     leaves = [leaf.detach().clone().requires_grad_() for leaf in params]
     losses, rows = [], []
     used = [False] * len(leaves)
@@ -78,7 +71,7 @@ def _run(loss: Callable[[Leaves, Leaves], tuple[Tensor, Any]], params: Leaves, b
     watch = _Narrowest()
     for b in range(batch[0].shape[0]):
         example = [leaf[b].clone() for leaf in batch]
-        with seeded(seed + b, leaves[0].device):
+        with seeded(seed + b, leaves[0].device), torch.enable_grad():
             with watch:
                 value, _ = loss(leaves, example)
             grads: Any = [None] * len(leaves)

@@ -41,7 +41,8 @@ class CheckReport:
     dtypes: tuple[str, ...]
     """In what the comparison was made: `float64` and the parameters' own, or either alone."""
     tolerances: tuple[float, ...]
-    """For each of the dtypes the greatest relative error that passes for rounding."""
+    """For each of the dtypes the greatest relative error that passes for rounding; in norms and sums it is at least
+    1e-4, which the guarantee on the sensitivity leaves them."""
     leaves: tuple[LeafCheck, ...]
     """One for each leaf of the parameters, in flattening order."""
     values: tuple[LeafCheck, ...]
