@@ -11,8 +11,10 @@ from torch import Tensor
 from pegrad import random, trees
 from pegrad.clipping import check_positive
 from pegrad.errors import ArgumentError
+from pegrad.numerics import accumulator
 from pegrad.per_example import ClippedGrad, Loss, clipped_grad
 from pegrad.strategies import Strategy
+from pegrad.tracing.eager import eager
 from pegrad.trees import PyTree
 
 
@@ -201,6 +203,7 @@ class DPSGD:
         trees.flatten_params(params)
         return State(key, 0, self.init_optimizer(params))
 
+    @eager
     def __call__(self, params: PyTree, state: State, batch: PyTree, mask: Tensor | None = None) -> Step:
         """Take one step: same arguments, same result, bit for bit; no argument is changed.
 
@@ -227,9 +230,13 @@ class DPSGD:
             leaves, spec = trees.flatten(grads)
             del grads  # lets each leaf go as its noisy one comes
             _add_noise(noise, leaves, self.noise_multiplier * self.clipped_grad.sensitivity)
+            for index, param in enumerate(
+                trees.leaves(params)
+            ):  # the sum over a large batch is a float64: see numerics
+                leaves[index] = leaves[index].to(accumulator(param.dtype))
             noisy = [trees.unflatten(spec, leaves)]
             del leaves
-            updates, optimizer = self.update(noisy.pop(), state.optimizer, params)  # moved: gone when it is done with
+            updates, optimizer = self.update(noisy.pop(), state.optimizer, params)  # popped, so that it can be freed
             params = trees.map(lambda p, u: p + u.to(p.dtype), params, updates)
         return Step(params, State(state.key, state.step + 1, optimizer), metrics)
 
