@@ -18,6 +18,9 @@ from pegrad.errors import ArgumentError
 KEY_BYTES = 32
 
 
+_BASE: Any = vars(torch._C.TensorBase)["_base"].__get__
+
+
 class Key(Tensor):
     """A `uint8` tensor of shape (32,) that does not print its values. Made by `pegrad.random.key`.
 
@@ -28,7 +31,8 @@ class Key(Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation as on plain tensors, and hide the bytes that it returns."""
-        return _hide(Tensor.__torch_function__(func, (), args, kwargs))
+        result = Tensor.__torch_function__(func, (), args, kwargs)
+        return result if func == _BASE else _hide(result)  # a key made of the base has one in turn, without end
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return "key(…)"
