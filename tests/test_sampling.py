@@ -146,8 +146,8 @@ def test_overflow_probability_is_the_binomial_tail(n, q):
 def test_default_maximum_is_the_least_that_is_safe(n, q):
     """Catches a bound that is loose or too low."""
     rows = PoissonSampler(n, q).rows
-    assert stats.binom.sf(rows, n, q) <= 1e-18
-    assert rows == 1 or stats.binom.sf(rows - 1, n, q) > 1e-18
+    assert stats.binom.sf(rows, n, q) <= stats.binom.sf(rows - 1, n - 1, q) <= 1e-24
+    assert rows == 1 or stats.binom.sf(rows - 2, n - 1, q) > 1e-24
 
 
 def test_expected_batch_size():
