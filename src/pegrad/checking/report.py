@@ -22,8 +22,8 @@ class LeafCheck:
     errors: tuple[float, ...]
     """For each of the report's dtypes the greatest relative error, >= 0; NaN where nothing could be compared."""
     verdict: str
-    """`same`; `not used`, for a gradient of zero; `sum only` or `not compared` where the loop could not judge; or what
-    is wrong: `wrong gradient`, `wrong sum`, `wrong gradient and sum`, `wrong`."""
+    """`same`; `not used`, for a gradient of zero; `sum only`, `gradient only` or `not compared`, where the loop could
+    not judge the rest; or `wrong gradient`, `wrong sum`, `wrong gradient and sum`, `wrong`."""
 
     @property
     def differs(self) -> bool:
