@@ -436,6 +436,23 @@ class TestWhatCannotBeCompared:
         report = pegrad.check(lambda p, x: F.linear(x, p["w"]).sum(), {"w": PARAMS["w"]}, BATCH * factors)
         assert report.left_out == 1
 
+    @pytest.mark.parametrize("closes_over", [False, True])
+    def test_a_row_that_overflows_in_the_loop_alone(self, closes_over):
+        """Catches: a strategy that computes in float32 where the loop overflows, and is taken for wrong."""
+        constant = torch.ones(3).half() if closes_over else None
+
+        def loss(params, x):
+            y = F.linear(x, params["w"]).sum(0)
+            return y.sum() if constant is None else y @ constant
+
+        batch = torch.ones(4, 64, 4).half()
+        batch[1] *= 2000  # the gradient of the weight is a sum over 64 positions
+        report = pegrad.check(loss, {"w": torch.randn(3, 4).half() / 100}, batch, strategy="book_keeping")
+        assert report.left_out == 1
+        (leaf,) = report.leaves
+        assert leaf.verdict == ("gradient only" if closes_over else "same")
+        assert any("sum was not compared" in note for note in report.notes) == closes_over
+
     @pytest.mark.parametrize("factor", [1e-12, 1e12])
     def test_gradients_that_no_clip_norm_suits(self, factor):
         """Catches: a clip norm that is refused."""

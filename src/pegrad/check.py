@@ -6,7 +6,7 @@ import torch
 
 from pegrad import trees
 from pegrad.call import check_size
-from pegrad.checking.compare import Errors, Subject, compare, compare_random, distance_of, dtype_name
+from pegrad.checking.compare import Errors, Subject, compare, compare_random, distance_of, dtype_name, worse
 from pegrad.checking.loop import Loop
 from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.errors import CheckError
@@ -61,6 +61,17 @@ def check(
     loop = subject.loop()
     random = _is_random(subject, loop)
     notes = _notes(loop, random)
+    found = _compare_in_both(subject, loop, random, notes)
+    notes += _notes_after(found)
+    report = _report(subject, strategy, loop, found, notes)
+    if report.differing:
+        coupled = subject.size > 1 and not random and compare(subject, loop, loop, alone=True).within()
+        raise CheckError(_complaint(report, coupled), report)
+    return report
+
+
+def _compare_in_both(subject: Subject, loop: Loop, random: bool, notes: list[str]) -> list[Errors]:
+    """Compare in float64, and in the given dtype with the loop in float64; a note says what cannot be run."""
     found = []
     reference, terms = loop, None
     if subject.dtype != torch.float64:
@@ -70,36 +81,16 @@ def check(
             if random:  # another precision may draw other numbers
                 found.append(compare_random(wide, exact))
             else:
-                terms = distance_of(loop, exact).over(torch.finfo(loop.narrowest).eps)
-                found.append(compare(wide, exact, exact, terms))
+                probe = distance_of(loop, exact).over(torch.finfo(loop.narrowest).eps)
+                found.append(compare(wide, exact, exact, probe))
                 if bool(exact.finite[loop.finite].all()):
-                    reference = exact
+                    reference, terms = exact, probe
             if exact.narrowest != torch.float64:
-                notes.append(
-                    f"The loss computes in {dtype_name(exact.narrowest)} even where its arguments are float64."
-                )
+                notes.append(f"The loss computes in {dtype_name(exact.narrowest)} even on float64 arguments.")
         except Exception as error:  # tensors of another dtype closed over, an operation that float64 does not have
             notes.append(f"float64 could not be run and was not compared: {_reason(error)}")
-            terms = None
-    if random:
-        found.append(compare_random(subject, loop))
-    else:
-        found.append(compare(subject, loop, reference, terms if reference is not loop else None))
-    if any(isnan(errors.losses) for errors in found):
-        notes.append(
-            "The strategy draws other random numbers than the loop from the same seed, so its losses and gradients "
-            "could not be compared with the loop's. Check once more with the randomness off (module.eval())."
-        )
-    if shunned := max(errors.shunned for errors in found):
-        notes.append(
-            f"The strategy gave {shunned} example(s) no weight, and counts them as not finite: the terms of their "
-            "gradients cancel so far that rounding could not be trusted. Norms and sum are compared on the others."
-        )
-    report = _report(subject, strategy, loop, found, notes)
-    if report.differing:
-        coupled = subject.size > 1 and not random and compare(subject, loop, loop, alone=True).within()
-        raise CheckError(_complaint(report, coupled), report)
-    return report
+    found.append(compare_random(subject, loop) if random else compare(subject, loop, reference, terms))
+    return found
 
 
 def _is_random(subject: Subject, loop: Loop) -> bool:
@@ -144,6 +135,26 @@ def _notes(loop: Loop, random: bool) -> list[str]:
     return notes
 
 
+def _notes_after(found: list[Errors]) -> list[str]:
+    notes = []
+    if any(isnan(errors.losses) for errors in found):
+        notes.append(
+            "The strategy draws other random numbers than the loop from the same seed, so its losses and gradients "
+            "could not be compared with the loop's. Check once more with the randomness off (module.eval())."
+        )
+    if any(isnan(error) for errors in found for error in errors.sums):
+        notes.append(
+            "The sum was not compared: it holds an example whose gradient is finite in the strategy, and overflows in "
+            "the loop, which computes all of it in half precision."
+        )
+    if shunned := max(errors.shunned for errors in found):
+        notes.append(
+            f"The strategy gave {shunned} example(s) no weight, and counts them as not finite: the terms of their "
+            "gradients cancel so far that rounding could not be trusted. Norms and sum are compared on the others."
+        )
+    return notes
+
+
 def _report(
     subject: Subject, strategy: str | Strategy, loop: Loop, found: list[Errors], notes: list[str]
 ) -> CheckReport:
@@ -155,10 +166,9 @@ def _report(
         verdict = "same" if used else "not used"
         if wrong:
             verdict = f"wrong {' and '.join(wrong)}"
-        elif any(map(isnan, grads)):
-            verdict = "sum only"
-        # `max` in this order passes over NaN
-        leaves.append(LeafCheck(path, tuple(leaf.shape), tuple(map(max, sums, grads)), verdict))
+        elif any(map(isnan, (*grads, *sums))):
+            verdict = "sum only" if any(map(isnan, grads)) else "gradient only"
+        leaves.append(LeafCheck(path, tuple(leaf.shape), tuple(map(worse, sums, grads)), verdict))
     values = []
     for name, errors, tolerances in (
         ("losses", [of.losses for of in found], narrow),

@@ -227,8 +227,8 @@ def compare_random(subject: Subject, loop: Loop) -> Errors:
     norms = whole_norms(together.grads)
     own = replace(loop, losses=together.losses, grads=together.grads, finite=norms.isfinite())
     several = _errors(subject, together, own, _clip_norm(norms[own.finite]), None, own)
-    sums = [max(b, a) for a, b in zip(alone.sums, several.sums, strict=True)]  # in this order `max` passes over NaN
-    return alone._replace(sums=sums, norms=max(several.norms, alone.norms))
+    sums = list(map(worse, alone.sums, several.sums))
+    return alone._replace(sums=sums, norms=worse(alone.norms, several.norms))
 
 
 def _errors(
@@ -236,7 +236,9 @@ def _errors(
 ) -> Errors:
     """Say how far answers are from a reference, on the examples that are finite in the loop."""
     keep = loop.finite
-    weighed = keep & ~answers.norms[1].isposinf()  # beside a sum, the strategy may mistrust a row, and leave it out
+    given = answers.norms[1]  # beside a sum, a strategy may mistrust a row and leave it out: the norm is infinite
+    weighed = reference.finite & (keep | given.isfinite()) & ~given.isposinf()
+    unknown = bool((given.isfinite() & ~reference.finite).any())  # half precision overflows in the loop alone
     norms = reference.norms
     distance = distance_of(answers, reference)
     sizes = Values(reference.losses.abs(), [row_norms(g) + _SHARE * norms for g in reference.grads], norms)
@@ -245,7 +247,8 @@ def _errors(
     sums = []
     for found, grad, size in zip(answers.sums, reference.grads, sizes.grads, strict=True):
         exact = torch.tensordot(weights, grad[weighed], 1)
-        sums.append(_worst(_rows_apart(found[None], exact[None]), (weights @ size[weighed])[None]))
+        error = _worst(_rows_apart(found[None], exact[None]), (weights @ size[weighed])[None])
+        sums.append(float("nan") if unknown else error)
     overflown = ~loop.losses.isfinite() & ~answers.losses.isfinite()
     length = whole_norms([leaf.double()[None] for leaf in trees.leaves(subject.params)])
     return Errors(
@@ -255,7 +258,7 @@ def _errors(
         sums,
         # Rounding the parameters alone moves a loss by its gradient times their length.
         _worst(distance.losses.masked_fill(overflown, 0)[keep], (sizes.losses + norms * length)[keep]),
-        _worst(distance.norms[weighed], sizes.norms[weighed]),
+        _worst(distance.norms[weighed & keep], sizes.norms[weighed & keep]),
         int((keep & ~weighed).sum()),
     )
 
@@ -291,6 +294,11 @@ def _clip_norm(norms: Tensor) -> float:
 
 def _double(tree: PyTree) -> Leaves:
     return [leaf.double() for leaf in trees.leaves(tree)]
+
+
+def worse(a: float, b: float) -> float:
+    """Return the greater of two errors, where NaN says that there is none."""
+    return b if a != a else a if b != b else max(a, b)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,6 +3,9 @@
 import html
 import textwrap
 from dataclasses import dataclass
+from math import isnan
+
+from pegrad.tables import as_html, as_text
 
 WIDTH = 100
 """Columns that the text fits into."""
@@ -19,8 +22,8 @@ class LeafCheck:
     errors: tuple[float, ...]
     """For each of the report's dtypes the greatest relative error, >= 0; NaN where nothing could be compared."""
     verdict: str
-    """`same`; `not used`, for a gradient of zero; `sum only` or `not compared` where the loop could not judge; or what
-    is wrong: `wrong gradient`, `wrong sum`, `wrong gradient and sum`, `wrong`."""
+    """`same`; `not used`, for a gradient of zero; `sum only`, `gradient only` or `not compared`, where the loop could
+    not judge the rest; or `wrong gradient`, `wrong sum`, `wrong gradient and sum`, `wrong`."""
 
     @property
     def differs(self) -> bool:
@@ -63,40 +66,24 @@ class CheckReport:
         return f"{self.strategy} against the plain loop, {number}; tolerance {limits}"
 
     def __str__(self) -> str:
-        """Return the table as text, at most 100 columns wide; a path too long for its column has a line of its own."""
-        table = [self._header(), *self._rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
-        lines = []
-        for first, *others in table:
-            if len(first) > widths[0]:
-                lines += textwrap.wrap(first, WIDTH)
-                first = ""
-            cells = zip((first, *others), widths, strict=True)
-            lines.append("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
-        title = textwrap.wrap(self.title, WIDTH)
+        """Return the table as text, at most 100 columns wide."""
         notes = [textwrap.fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ") for note in self.notes]
-        return "\n".join([*title, lines[0], "-" * max(map(len, lines)), *lines[1:], *notes])
+        return "\n".join([*textwrap.wrap(self.title, WIDTH), *as_text(self._table(), WIDTH), *notes])
 
     def _repr_html_(self) -> str:
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        body = row(self._header(), "th") + "".join(row(cells, "td") for cells in self._rows())
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return f"<p>{html.escape(self.title)}</p><table>{body}</table>" + (f"<ul>{notes}</ul>" if notes else "")
+        return f"<p>{html.escape(self.title)}</p>{as_html(self._table())}" + (f"<ul>{notes}</ul>" if notes else "")
 
-    def _header(self) -> tuple[str, ...]:
-        return ("leaf", "shape", *self.dtypes, "verdict")
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
+    def _table(self) -> list[tuple[str, ...]]:
+        header = ("leaf", "shape", *self.dtypes, "verdict")
+        rows = [
             (row.path, "×".join(map(str, row.shape)), *(_number(error) for error in row.errors), row.verdict)
             for row in (*self.leaves, *self.values)
         ]
+        return [header, *rows]
 
 
 def _number(error: float) -> str:
-    if error != error:
+    if isnan(error):
         return "-"
     return "0" if error == 0 else f"{error:.1e}"
