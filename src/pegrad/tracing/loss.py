@@ -12,6 +12,7 @@ from torch import Tensor
 from pegrad import trees
 from pegrad.errors import LeafError, LossError
 from pegrad.tracing.interception import Interception
+from pegrad.tracing.strided import STRIDED
 
 
 class FlatLoss:
@@ -39,7 +40,7 @@ class FlatLoss:
             LossError: the loss returned anything but a real scalar, or coupled examples by batch normalisation.
             LeafError: a leaf of aux is neither a tensor nor a number.
         """
-        with Interception({F.batch_norm: _refuse_batch_norm}), _explain_captured_writes():
+        with Interception(_REPLACEMENTS), _explain_captured_writes():
             result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
         value, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         _check_scalar(value)
@@ -101,3 +102,6 @@ def _refuse_batch_norm(
             "statistics (module.eval())"
         )
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+_REPLACEMENTS: dict[Any, Any] = {F.batch_norm: _refuse_batch_norm, **STRIDED}
