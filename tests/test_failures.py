@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad
 
+import oracle
 import pegrad
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -200,3 +201,21 @@ def test_recurrent_modules_fail_with_their_operation_named(strategy):
 
     with pytest.raises(pegrad.StrategyError, match=r"aten::lstm\.input.*strategy='naive'"):
         pegrad.per_example_grad(loss, strategy=strategy)(dict(module.named_parameters()), torch.ones(2, 5, 3))
+
+
+@pytest.mark.parametrize("strategy", VECTORISED)
+@pytest.mark.parametrize("call", [torch.as_strided, torch.Tensor.as_strided, torch.as_strided_copy])
+def test_memory_is_not_read_across_examples(call, strategy):
+    """Catches: `as_strided` under `vmap`, which reads another example's numbers where the examples interleave."""
+
+    def loss(p, x):
+        return call(x * p, (2, 2), (1, 2)).sin().sum()
+
+    batch, params = torch.randn(3, 3, 3, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    function = pegrad.per_example_grad(loss, strategy=strategy)
+    interleaved = batch.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    with pytest.raises(pegrad.LossError, match="make the batch's leaves contiguous"):
+        function(params, interleaved)
+    expected = oracle.per_example_grads(loss, params, batch)
+    oracle.assert_close(function(params, interleaved.contiguous()), expected)
+    oracle.assert_close(pegrad.per_example_grad(loss, strategy="naive")(params, interleaved), expected)

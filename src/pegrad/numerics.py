@@ -4,7 +4,7 @@ What the rounding of it amounts to, and why, is in `docs/rounding.md`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -125,14 +125,11 @@ def without_autocast(device: torch.device) -> torch.autocast:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Run a block with float32 products that are float32: no TF32, no bfloat16 in their place."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    if matmul == "highest" and not convolution:
+    with ExitStack() as settings:
+        if torch.get_float32_matmul_precision() != "highest":
+            settings.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        cudnn = torch.backends.cudnn
+        if torch.cuda.is_initialized() and cudnn.allow_tf32:
+            settings.enter_context(cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, False, False))
         yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution

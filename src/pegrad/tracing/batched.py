@@ -44,6 +44,19 @@ def is_constant(tensor: Tensor) -> bool:
     return not (inside and tensor.requires_grad)
 
 
+def whole_rows(tensor: Tensor) -> bool:
+    """Tell whether the examples of a tensor lie one after the other in memory, whatever transforms wrap it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        axis = functorch.maybe_get_bdim(tensor)  # -1: not batched at this level
+        tensor = functorch.get_unwrapped(tensor)
+        if axis >= 0 and tensor.numel():
+            steps = [(n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+            if tensor.shape[axis] > 1 and 0 < tensor.stride(axis) <= sum(steps) - steps[axis]:  # 0: all the same
+                return False
+    return True
+
+
 def on_physical_batch(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Call a function on tensors as they lie in memory, the examples along their first axis.
 

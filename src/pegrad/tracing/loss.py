@@ -12,6 +12,7 @@ from pegrad.errors import LeafError, LossError, PegradError
 from pegrad.tracing.batched import is_constant
 from pegrad.tracing.explanations import explanation
 from pegrad.tracing.interception import Interception
+from pegrad.tracing.strided import STRIDED
 
 
 class FlatLoss:
@@ -121,6 +122,6 @@ def _whole_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tens
     return F.linear_cross_entropy(*args, **kwargs)
 
 
-_REPLACEMENTS: dict[Any, Any] = {F.batch_norm: _refuse_batch_norm}
+_REPLACEMENTS: dict[Any, Any] = {F.batch_norm: _refuse_batch_norm, **STRIDED}
 if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
     _REPLACEMENTS[F.linear_cross_entropy] = _whole_cross_entropy
