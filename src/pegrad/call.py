@@ -73,8 +73,8 @@ class Call:
         """Join the chunks' rows `(b, ...)`, padding set to zero: `(B, ...)`."""
         whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         if self.mask is not None:
-            padding = ~self.mask.reshape(-1, *[1] * (whole.dim() - 1))
-            whole = whole.masked_fill(padding, 0)
+            examples = self.mask.reshape(-1, *[1] * (whole.dim() - 1))
+            whole = torch.where(examples, whole, whole.new_zeros(()))  # unlike masked_fill, takes every dtype of aux
         return whole[: self.size]
 
     def losses(self, parts: Sequence[Values]) -> Tensor:

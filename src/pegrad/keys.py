@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import get_default_nowrap_functions
 
 from pegrad.errors import ArgumentError
 
@@ -28,7 +29,8 @@ class Key(Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation as on plain tensors, and hide the bytes that it returns."""
-        return _hide(Tensor.__torch_function__(func, (), args, kwargs))
+        result = Tensor.__torch_function__(func, (), args, kwargs)
+        return result if func in get_default_nowrap_functions() else _hide(result)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return "key(…)"
