@@ -171,7 +171,16 @@ def _exact_delta(sigma, eps, others, rate, rows, on_overflow):
 @pytest.mark.parametrize("on_overflow", ["truncate", "error"])
 @pytest.mark.parametrize(
     ("sigma", "rate", "rows"),
-    [(0.5, 1.0, 20), (0.5, 1.0, 19), (2.0, 1.0, 10), (2.0, 0.99, 20), (2.0, 0.99, 19), (0.5, 0.7, 18), (0.5, 0.3, 10)],
+    [
+        (0.5, 1.0, 20),
+        (0.5, 1.0, 19),
+        (2.0, 1.0, 10),
+        (2.0, 0.99, 20),
+        (2.0, 0.99, 19),
+        (0.5, 0.7, 18),
+        (0.5, 0.3, 10),
+        (0.5, 0.3, 14),
+    ],
 )
 def test_no_step_costs_more_than_is_charged(sigma, rate, rows, on_overflow):
     """Catches: the smaller of two neighbours charged, an overflow not charged: against the exact divergence at n = 20.
@@ -280,19 +289,20 @@ def test_a_tiny_delta_has_a_finite_epsilon(sigma, rate, steps):
     assert _epsilon(sigma, rate, steps, 1e-15) <= _epsilon(sigma, rate, steps, 1e-15, "rdp") < 1300
 
 
-@pytest.mark.parametrize("delta", [1e-9, 1e-11, 1e-12])
-def test_rounding_of_the_transform_never_lowers_epsilon(delta):
+@pytest.mark.parametrize(("mu", "delta"), [(2.0, 1e-10), (2.0, 3e-11), (0.5, 1e-12)])
+def test_rounding_of_the_transform_never_lowers_epsilon(mu, delta):
     """Catches: a privacy loss whose tail is rounding error, taken for its law.
 
-    A rate next to 1 has the transform compose what has, but for that, a closed form: a Gaussian of μ = 8.
+    A rate next to 1 makes the transform compose what has a closed form: T steps of σ = sqrt(T)/μ are one of 1/μ. The
+    delta spent was 1.3, 1.8 and 7 times the one that was asked for.
     """
-    mu, steps = 2.0, 100_000
+    steps = 1_000_000
     event = dp_accounting.SelfComposedDpEvent(
         dp_accounting.PoissonSampledDpEvent(1 - 1e-9, dp_accounting.GaussianDpEvent(math.sqrt(steps) / mu)), steps
     )
     answer = epsilon(event, delta)
     spent = stats.norm.cdf(mu / 2 - answer / mu) - math.exp(answer + stats.norm.logcdf(-mu / 2 - answer / mu))
-    assert spent <= delta * 1.001
+    assert spent <= delta
 
 
 def test_any_noise_has_an_answer():

@@ -296,6 +296,18 @@ def test_metrics_leave_padding_out():
         assert empty.metrics.mean_loss.isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.complex64, torch.float8_e4m3fn])
+def test_aux_of_any_dtype_takes_a_mask(dtype):
+    """Catches: padding set to zero by an operation that some dtypes lack, or that changes the dtype."""
+
+    def with_aux(params, x):
+        return (params * x).sum(), x.to(dtype)
+
+    out = pegrad.clipped_grad(with_aux, clip_norm=1.0)(torch.ones(2), torch.ones(2, 2), torch.tensor([True, False]))
+    assert out.aux.dtype == dtype
+    assert out.aux.to(torch.complex64).real.tolist() == [[1, 1], [0, 0]]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_padding_that_is_not_finite_leaves_no_trace(value):
     """Catches: padding that is multiplied by zero in place of being set to it."""

@@ -122,6 +122,11 @@ def test_a_key_is_saved_and_loaded_as_what_it_is():
     assert copy.deepcopy([key, key])[0].tolist() == key.tolist()
 
 
+def test_a_key_can_be_compiled_over():
+    """Catches: a key whose base is a key, without end."""
+    assert torch.compile(lambda key: key.double().sum(), backend="eager")(random.key(3)) == random.key(3).sum()
+
+
 def test_a_plain_tensor_of_the_bytes_is_the_same_key():
     """Catches: keys of older files that are refused, or mean something else."""
     plain = torch.tensor(random.key(3).tolist(), dtype=torch.uint8)

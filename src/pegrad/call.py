@@ -71,8 +71,8 @@ class Call:
         self.check()
         whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         if self.problem.mask is not None:
-            padding = ~self.problem.mask.reshape(-1, *[1] * (whole.dim() - 1))
-            whole = whole.masked_fill(padding, 0)
+            examples = self.problem.mask.reshape(-1, *[1] * (whole.dim() - 1))
+            whole = torch.where(examples, whole, whole.new_zeros(()))  # unlike masked_fill, takes every dtype of aux
         return whole[: self.size]
 
     def check(self) -> None:

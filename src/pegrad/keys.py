@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import get_default_nowrap_functions
 
 from pegrad.errors import ArgumentError
 
 KEY_BYTES = 32
-
-
-_BASE: Any = vars(torch._C.TensorBase)["_base"].__get__
 
 
 class Key(Tensor):
@@ -32,7 +30,7 @@ class Key(Tensor):
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation as on plain tensors, and hide the bytes that it returns."""
         result = Tensor.__torch_function__(func, (), args, kwargs)
-        return result if func == _BASE else _hide(result)  # a key made of the base has one in turn, without end
+        return result if func in get_default_nowrap_functions() else _hide(result)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return "key(…)"
