@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import torch
 import torchopt
@@ -22,7 +23,7 @@ CLIP, SIGMA, DELTA = 0.5, 4.0, 1e-5
 
 
 def add_noise(key, grads, std):
-    return pegrad.add_noise(key, grads, std)
+    return optree.tree_map(lambda n, g: n.mul_(std).add_(g), random.tree_normal(key, grads), grads, namespace="pegrad")
 
 
 # The bounds.

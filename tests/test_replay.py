@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import optree
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ MODELS = [
 
 
 def add_noise(key, grads, std):
-    return pegrad.add_noise(key, grads, std)
+    return optree.tree_map(lambda n, g: n.mul_(std).add_(g), random.tree_normal(key, grads), grads, namespace="pegrad")
 
 
 def without(batch, mask, row, how):

@@ -37,6 +37,18 @@ def test_poisson_includes_at_the_sampling_rate(included):
         assert (0.01 < stats.chi2.sf(statistic, N) < 0.99) == accepted
 
 
+@pytest.mark.parametrize(("word", "drawn"), [(2**20 - 1, True), (2**20, False), (2**32, False)])
+def test_poisson_compares_all_53_bits(monkeypatch, word, drawn):
+    """Catches uniforms of 24 bits (float32), under which a rate below 2^-24 draws nothing and others are rounded."""
+
+    class Constant:
+        def update_into(self, zeros, buffer):
+            buffer[: len(zeros)] = word.to_bytes(8, "little") * (len(zeros) // 8)
+
+    monkeypatch.setattr(random, "_keystream", lambda key, purpose: Constant())
+    assert PoissonSampler(3, 2.0**-33, 3)(random.key(0), 0).mask.any() == drawn
+
+
 def test_poisson_batch_sizes_are_binomial(included):
     """Catches a fixed size and anything that couples the examples of a batch."""
     sizes = np.bincount(included.sum(1).astype(int), minlength=N + 1)

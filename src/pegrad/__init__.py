@@ -13,6 +13,7 @@ from pegrad.errors import (
     LossError,
     MissingExtraError,
     PegradError,
+    StrategyError,
 )
 from pegrad.explain import Explanation, autotune, explain
 from pegrad.per_example import (
@@ -64,6 +65,7 @@ __all__ = [
     "State",
     "Step",
     "Strategy",
+    "StrategyError",
     "Vmap",
     "accounting",
     "add_noise",

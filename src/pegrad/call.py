@@ -38,6 +38,8 @@ class Call:
         """
         leaves, params_spec = trees.flatten_params(params)
         rows, batch_spec, size = trees.flatten_batch(batch)
+        if mask is not None and not isinstance(mask, Tensor):
+            raise LeafError(f"mask is of type {type(mask).__name__}: expected a boolean torch.Tensor ({size},) or None")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (size,)):
             raise LeafError(
                 f"mask has dtype {mask.dtype} and shape {tuple(mask.shape)}: expected torch.bool and ({size},), "
@@ -46,6 +48,7 @@ class Call:
         if size == 0:
             rows = [row.new_zeros(1, *row.shape[1:]) for row in rows]
             mask = torch.zeros(1, dtype=torch.bool, device=rows[0].device)
+        mask = None if mask is None else mask.to(rows[0].device)  # a sampler draws on the CPU
         flat = FlatLoss(loss, params_spec, batch_spec)
         versions = [leaf._version for leaf in (*leaves, *rows)]
         return cls(Problem(flat, leaves, rows, mask, rows[0].shape[0]), flat, params_spec, size, versions)
@@ -93,9 +96,9 @@ class Call:
         return self.rows([values.losses for values in parts])
 
     def aux(self, parts: Sequence[Values]) -> PyTree:
-        """Join the chunks' aux into what the loss returned, each leaf `(B, ...)`."""
+        """Join the chunks' aux into what the loss returned, each leaf `(B, ...)`, 0 for padding."""
         columns = zip(*(values.aux for values in parts), strict=True)
-        return self.loss.unflatten_aux([torch.cat(column)[: self.size] for column in columns])
+        return self.loss.unflatten_aux([self.rows(column) for column in columns])
 
 
 def check_size(name: str, size: int | None) -> None:

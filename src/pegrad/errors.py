@@ -17,6 +17,10 @@ class LossError(PegradError, TypeError):
     """The loss is not a scalar function of one example, or couples the examples of a batch."""
 
 
+class StrategyError(LossError, RuntimeError):
+    """A strategy cannot run a loss that plain autograd can; the message says why, and which strategy can."""
+
+
 class MissingExtraError(PegradError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

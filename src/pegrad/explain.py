@@ -21,6 +21,7 @@ from pegrad.strategies.auto import Auto
 from pegrad.strategies.base import Leaves, Problem
 from pegrad.strategies.book import Roots, Way
 from pegrad.strategies.choice import Candidate, candidates, stack_name, timing_key
+from pegrad.strategies.failures import attributed
 from pegrad.strategies.traced import Traced
 from pegrad.tables import as_html, as_text
 from pegrad.tracing.eager import eager
@@ -97,7 +98,8 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
     """
     chosen = _traced(strategy)
     problem = Call.of(loss, params, batch, None).problem
-    trace, book = chosen.run(problem, partial(_Uses, chosen=chosen, problem=problem, paths=trees.paths(params)))
+    with attributed(chosen, problem):
+        trace, book = chosen.run(problem, partial(_Uses, chosen=chosen, problem=problem, paths=trees.paths(params)))
     used = {leaf for source in book.sources for leaf in book.roots.lineages[id(source)].leaves}
     unused = tuple(book.name({leaf}) for leaf in range(len(trace.params)) if leaf not in used)
     return Explanation((*book.of_sites(), *book.of_copies()), unused)
@@ -202,7 +204,9 @@ def autotune(
     """
     chosen = _traced(strategy)
     check_size("repeats", repeats)
-    trace = chosen.trace(Call.of(loss, params, batch, None).problem)
+    problem = Call.of(loss, params, batch, None).problem
+    with attributed(chosen, problem):
+        trace = chosen.trace(problem)
     timings: dict[str, float] = {}
     for site, tapped in _sites(trace):
         native = site.summing(tapped.x, tapped.y)

@@ -77,7 +77,8 @@ def contract(weights: Tensor, rows: Tensor, bad: Tensor | None, dtype: torch.dty
     weights = weights.to(dtype)
     total: Tensor | None = None
     for start in range(0, len(rows), step):
-        part = rows[start : start + step].reshape(-1, numbers).to(dtype)
+        part = rows[start : start + step]
+        part = part.reshape(len(part), -1).to(dtype)
         part = part if bad is None else part.masked_fill(bad[start : start + step, None], 0)
         summed = weights[start : start + step] @ part
         total = summed if total is None else total + summed

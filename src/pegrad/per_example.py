@@ -13,6 +13,7 @@ from pegrad.clipping import Flat
 from pegrad.numerics import accumulator
 from pegrad.strategies import Strategy, resolve
 from pegrad.strategies.base import Leaves
+from pegrad.strategies.failures import attributed
 from pegrad.tracing.eager import eager
 from pegrad.trees import PyTree
 
@@ -107,7 +108,8 @@ def per_example_value_and_grad(
     @eager
     def values_and_grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PerExample:
         call = Call.of(loss, params, batch, mask)
-        answers = [chosen.stacked(chunk) for chunk in call.chunks(chunk_size)]
+        with attributed(chosen, call.problem):
+            answers = [chosen.stacked(chunk) for chunk in call.chunks(chunk_size)]
         grads, values = zip(*answers, strict=True)
         leaves = [call.rows(parts) for parts in zip(*grads, strict=True)]
         return PerExample(trees.unflatten(call.params, leaves), call.losses(values), call.aux(values))
@@ -138,7 +140,8 @@ def per_example_norm(
     @eager
     def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
         call = Call.of(loss, params, batch, mask)
-        squares = [chosen.squared_norms(chunk)[0] for chunk in call.chunks(chunk_size)]
+        with attributed(chosen, call.problem):
+            squares = [chosen.squared_norms(chunk)[0] for chunk in call.chunks(chunk_size)]
         return _norms(call, squares)
 
     return norms
@@ -219,7 +222,8 @@ class ClippedGrad:
         sums = _Accumulator(call)
         squares, values = [], []
         for chunk in call.chunks(self.microbatch_size):
-            parts, norms, value = self.strategy.weighted_sum(chunk, self.clipping)
+            with attributed(self.strategy, chunk):
+                parts, norms, value = self.strategy.weighted_sum(chunk, self.clipping)
             sums.add(parts)
             squares.append(norms)
             values.append(value)

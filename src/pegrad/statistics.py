@@ -19,6 +19,7 @@ from pegrad.numerics import accumulator, widen
 from pegrad.per_example import Loss
 from pegrad.strategies import BookKeeping
 from pegrad.strategies.book import Leafwise, Roots, Stacks, stack_rows
+from pegrad.strategies.failures import attributed
 from pegrad.tracing.eager import eager
 from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
@@ -60,8 +61,9 @@ def per_example_dot(loss: Loss) -> Callable[..., Tensor]:
             vector.detach().to(accumulator(leaf.dtype))
             for vector, leaf in zip(vectors, call.problem.params, strict=True)
         ]
-        book = partial(_Dots, vectors=vectors)
-        _, found = BookKeeping().run(call.problem, book)
+        strategy = BookKeeping()
+        with attributed(strategy, call.problem):
+            _, found = strategy.run(call.problem, partial(_Dots, vectors=vectors))
         return call.rows([found.total])
 
     return dots
@@ -85,7 +87,9 @@ def gradient_gram(loss: Loss) -> Callable[..., Tensor]:
     @eager
     def gram(params: PyTree, batch: PyTree) -> Tensor:
         call = Call.of(loss, params, batch, None)
-        _, found = BookKeeping().run(call.problem, _Gram)
+        strategy = BookKeeping()
+        with attributed(strategy, call.problem):
+            _, found = strategy.run(call.problem, _Gram)
         call.check()
         return found.total[: call.size, : call.size]
 
@@ -116,7 +120,9 @@ def gradient_moments(loss: Loss) -> Callable[..., Moments]:
             mean[leaf] = rows.mean(0)
             variance[leaf] = (rows - mean[leaf]).square().sum(0) / (len(rows) - 1 or float("nan"))
 
-        BookKeeping().run(call.problem, partial(Stacks, visit=visit))
+        strategy = BookKeeping()
+        with attributed(strategy, call.problem):
+            strategy.run(call.problem, partial(Stacks, visit=visit))
         call.check()
         return Moments(trees.unflatten(call.params, mean), trees.unflatten(call.params, variance))
 
@@ -147,7 +153,9 @@ def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
     def scale(params: PyTree, batch: PyTree) -> Tensor:
         call = _call_of_some(loss, params, batch, least=2)
         size = call.size
-        sums, squares, _ = BookKeeping().weighted_sum(call.problem, Unclipped())
+        strategy = BookKeeping()
+        with attributed(strategy, call.problem):
+            sums, squares, _ = strategy.weighted_sum(call.problem, Unclipped())
         call.check()
         of_mean = torch.stack([total.square().sum() for total in sums]).sum() / size**2
         covariance = (squares.sum() - size * of_mean) / (size - 1)

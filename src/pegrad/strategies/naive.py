@@ -4,7 +4,6 @@ import torch
 from torch.func import grad_and_value
 
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
-from pegrad.tracing.explained import explained
 
 
 class Naive(Strategy):
@@ -15,8 +14,7 @@ class Naive(Strategy):
         gradient = grad_and_value(problem.loss, has_aux=True)
         grads, losses, auxes = [], [], []
         for b in range(problem.batch_size):
-            with explained():
-                grad, (loss, aux) = gradient(problem.params, [leaf[b] for leaf in problem.batch])
+            grad, (loss, aux) = gradient(problem.params, [leaf[b] for leaf in problem.batch])
             grads.append(grad)
             losses.append(loss)
             auxes.append(aux)

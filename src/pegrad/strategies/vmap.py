@@ -3,7 +3,6 @@
 from torch.func import grad_and_value, vmap
 
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
-from pegrad.tracing.explained import explained
 
 
 class Vmap(Strategy):
@@ -15,7 +14,5 @@ class Vmap(Strategy):
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
         """See `Strategy.stacked`."""
         gradient = grad_and_value(problem.loss, has_aux=True)
-        vectorised = vmap(gradient, in_dims=(None, 0), randomness="different")
-        with explained():
-            grads, (losses, aux) = vectorised(problem.params, problem.batch)
+        grads, (losses, aux) = vmap(gradient, in_dims=(None, 0), randomness="different")(problem.params, problem.batch)
         return grads, Values(losses, aux)

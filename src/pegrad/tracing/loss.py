@@ -10,7 +10,7 @@ from torch import Tensor
 from pegrad import trees
 from pegrad.errors import LeafError, LossError, PegradError
 from pegrad.tracing.batched import is_constant
-from pegrad.tracing.explained import explained, explanation
+from pegrad.tracing.explanations import explanation
 from pegrad.tracing.interception import Interception
 
 
@@ -37,16 +37,14 @@ class FlatLoss:
         """Run the loss on one example.
 
         Raises:
-            LossError: the loss returned anything but a real scalar, coupled examples by batch normalisation, or does
-                what no transform of torch.func can do.
+            LossError: the loss returned anything but a real scalar, or coupled examples by batch normalisation.
             LeafError: a leaf of aux is neither a tensor nor a number.
         """
-        with explained():
-            with Interception(_REPLACEMENTS) as interception:
-                result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
-            for error in interception.raised:
-                if isinstance(error, PegradError) or explanation(error):
-                    raise error  # the loss caught what the plain loop would not have raised, and took another path
+        with Interception(_REPLACEMENTS) as interception:
+            result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
+        for error in interception.raised:
+            if isinstance(error, PegradError) or explanation(error):
+                raise error  # the loss caught what the plain loop would not have raised, and took another path
         value, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         _check_scalar(value)
         self._ran, self._depends = True, self._depends or not is_constant(value)

@@ -28,7 +28,6 @@ from pegrad import trees
 from pegrad.errors import LossError
 from pegrad.rules.site import Rule, Site
 from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
-from pegrad.tracing.explained import explained
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
 from pegrad.tracing.sound import SOUND
@@ -127,7 +126,7 @@ class Trace(TorchFunctionMode):
             raise independent()
         rows = [c.rows for c in self.copies]
         inputs = [*rows, *self.params, self._anchor]
-        with self._line.open(receive), explained():
+        with self._line.open(receive):
             ones = torch.ones_like(self.losses)
             grads = torch.autograd.grad(self.losses, inputs, ones, retain_graph=not last, allow_unused=True)
         if not self._line.sent and all(grad is None for grad in grads):
