@@ -2,6 +2,7 @@
 # `make test-all` runs what takes longer beside them: whole tables of operations, searches, mutants.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 READY := .venv/.ready
 
 .PHONY: demo test test-all lint types clean
@@ -10,11 +11,11 @@ demo: $(READY)
 	$(BIN)/python -m pegrad train --data digits --out out/demo
 
 test: $(READY) lint types
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 test-all: test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 	$(BIN)/python tests/mutants/run.py
 
 lint: $(READY)
