@@ -355,6 +355,18 @@ def test_scores_are_inner_products_of_clipped_gradients():
     torch.testing.assert_close(raw, stacked(params, all_canaries)["w"].sum(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_was_released_may_be_wider_than_the_parameters(dtype):
+    """Catches: a sum over many examples, in float64, that float32 canaries cannot be scored by."""
+    params, all_canaries = (
+        {k: v.to(dtype) for k, v in tree.items()} for tree in (linear_params(4), {"x": torch.eye(4)})
+    )
+    for clip_norm, expected in ((None, 1.0), (0.5, 0.5)):
+        score = auditing.score(lambda params, example: params["w"] @ example["x"], clip_norm=clip_norm)
+        released = {"w": torch.ones(4, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+        assert score(params, all_canaries, released).tolist() == [expected] * 4
+
+
 @pytest.mark.parametrize("optimizer", [optim.adam(1e-2), torchopt.adamw(1e-2), torchopt.sgd(0.1, momentum=0.9)])
 def test_recording_changes_nothing(optimizer):
     """Catches: gradients that the optimizer wrote over, an update of its own, a state that is not passed on."""
@@ -437,6 +449,10 @@ def test_wrong_arguments_are_refused():
             step, params, state, [], canaries=data, included=coins[1:], score=score, delta=DELTA
         ),
     }
+    with pytest.raises(pegrad.LeafError, match="released"):
+        score(params, data, {"w": params["w"]})
+    with pytest.raises(pegrad.LeafError, match="direction"):
+        score(params, data, {"w": params["w"][1:], "b": params["b"]})
     for message, call in wrong.items():
         with pytest.raises(pegrad.ArgumentError, match=message):
             call()
