@@ -85,7 +85,7 @@ def score(loss: Loss, *, clip_norm: float | None = None) -> Score:
         ArgumentError: `clip_norm` is not above zero.
         LeafError, LossError: on a call, as `pegrad.per_example_dot`.
 
-    Source: Steinke, Nasr & Jagielski 2023, arXiv 2305.08846, Algorithm 3 (Dirac canaries).
+    Source: Steinke, Nasr & Jagielski 2023, arXiv 2305.08846 (auditing DP-SGD from its gradients).
     """
     if clip_norm is not None:
         check_positive("clip_norm", clip_norm)
