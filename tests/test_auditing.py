@@ -21,8 +21,8 @@ from pegrad.sampling import PoissonSampler, gather
 CLIP, SIGMA, DELTA = 0.5, 4.0, 1e-5
 
 
-def add_noise(key, grads, std):
-    return pegrad.add_noise(key, grads, std)
+def add_noise(key, grads, std, step):
+    return pegrad.add_noise(random.fold_in(key, step), grads, std)
 
 
 # The bounds.
@@ -139,14 +139,14 @@ class Parts:
     def std(self):
         return SIGMA * CLIP / self.normalize_by
 
-    def key(self, state):
-        return random.fold_in(state.key, state.step)
+    def noise_step(self, state):
+        return state.step
 
     def init(self, params, key):
         return pegrad.State(key, 0, self.optimizer.init(params))
 
     def __call__(self, params, state, batch, mask=None):
-        grads = add_noise(self.key(state), self.clipped(params, batch, mask), self.std())
+        grads = add_noise(state.key, self.clipped(params, batch, mask), self.std(), self.noise_step(state))
         updates, kept = self.optimizer.update(grads, state.optimizer, params)
         return optim.apply_updates(params, updates), pegrad.State(state.key, state.step + 1, kept)
 
@@ -176,8 +176,8 @@ class MaskIgnored(Parts):
 
 
 class KeyNotFolded(Parts):
-    def key(self, state):
-        return state.key
+    def noise_step(self, state):
+        return 0
 
 
 def linear(params, example):
@@ -348,7 +348,7 @@ def test_scores_are_inner_products_of_clipped_gradients():
         flat = flat * (20 / flat.norm(dim=1, keepdim=True)).clamp(max=1)
         std = SIGMA * step.clipped_grad.sensitivity
         clean = step.clipped_grad(params, batch).grads
-        noisy = add_noise(random.fold_in(state.key, state.step), clean, std)
+        noisy = add_noise(state.key, clean, std, state.step)
         torch.testing.assert_close(row, flat @ torch.cat([noisy["w"], noisy["b"][None]]))
         params, state, _ = step(params, state, batch)
     raw = auditing.score(linear)(params, all_canaries, {"w": torch.ones(6), "b": torch.zeros(())})
@@ -381,7 +381,7 @@ def test_recording_changes_nothing(optimizer):
         runs.append(params)
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in params)
     clean = step.clipped_grad(before[0], ordinary(random.key(2), 4, 6)).grads
-    noisy = add_noise(random.fold_in(before[1].key, 2), clean, SIGMA * step.clipped_grad.sensitivity)
+    noisy = add_noise(before[1].key, clean, SIGMA * step.clipped_grad.sensitivity, 2)
     assert all(torch.equal(noisy[name], state.optimizer.grads[name]) for name in params)
 
 

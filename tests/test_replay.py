@@ -24,8 +24,8 @@ MODELS = [
 ]
 
 
-def add_noise(key, grads, std):
-    return pegrad.add_noise(key, grads, std)
+def add_noise(key, grads, std, step):
+    return pegrad.add_noise(random.fold_in(key, step), grads, std)
 
 
 def without(batch, mask, row, how):
@@ -202,7 +202,7 @@ def clipped(batch, mask, normalize_by=1.0):
 
 
 def noisy(state, grads, std=SIGMA):
-    return add_noise(random.fold_in(state.key, state.step), grads, std)
+    return add_noise(state.key, grads, std, state.step)
 
 
 def planted(released, following=lambda state, batch: (state.key, state.step + 1)):
@@ -233,7 +233,7 @@ def noise_for_each_example(state, batch, mask):
 
 
 def key_from_the_data(state, batch, mask):
-    return add_noise(random.fold_in(state.key, len(batch)), clipped(batch, mask), SIGMA)
+    return add_noise(state.key, clipped(batch, mask), SIGMA, len(batch))
 
 
 def noise_of_a_global_generator(state, batch, mask):
