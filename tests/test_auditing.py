@@ -22,7 +22,7 @@ CLIP, SIGMA, DELTA = 0.5, 4.0, 1e-5
 
 
 def add_noise(key, grads, std, step):
-    return pegrad.add_noise(random.fold_in(key, step), grads, std)
+    return pegrad.add_noise(key, grads, std, step=step)
 
 
 # The bounds.

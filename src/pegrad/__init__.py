@@ -1,15 +1,19 @@
 """Per-example gradients and differentially private SGD for pure PyTorch functions."""
 
 from pegrad import accounting, auditing, data, models, optim, random, sampling
+from pegrad.check import check
+from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step, add_noise, dp_sgd
 from pegrad.errors import (
     ArgumentError,
     BatchOverflowError,
+    CheckError,
     DataFileError,
     LeafError,
     LossError,
     MissingExtraError,
     PegradError,
+    StrategyError,
 )
 from pegrad.explain import Explanation, autotune, explain
 from pegrad.per_example import (
@@ -39,6 +43,8 @@ __all__ = [
     "Auto",
     "BatchOverflowError",
     "BookKeeping",
+    "CheckError",
+    "CheckReport",
     "Clipped",
     "ClippedGrad",
     "DataFileError",
@@ -46,6 +52,7 @@ __all__ = [
     "Ghost",
     "GroupedConv",
     "Kernel",
+    "LeafCheck",
     "LeafError",
     "LossError",
     "Metrics",
@@ -58,11 +65,13 @@ __all__ = [
     "State",
     "Step",
     "Strategy",
+    "StrategyError",
     "Vmap",
     "accounting",
     "add_noise",
     "auditing",
     "autotune",
+    "check",
     "clipped_grad",
     "data",
     "dp_sgd",

@@ -21,8 +21,8 @@ def check_scale(name: str, value: float) -> None:
     """Raise `ArgumentError` unless `value` is a number that float32 gradients can be measured by."""
     if not _LEAST <= value <= _GREATEST:
         raise ArgumentError(
-            f"Expected {name} to be between {_LEAST:g} and {_GREATEST:g}, where float32 neither overflows nor vanishes, "
-            f"got {name}={value}: scale the loss instead"
+            f"Expected {name} to be between {_LEAST:g} and {_GREATEST:g}, got {name}={value}: beyond, float32 "
+            "gradients vanish or overflow. Scale the loss instead"
         )
 
 

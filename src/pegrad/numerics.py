@@ -4,7 +4,7 @@ What the rounding of it amounts to, and why, is in `docs/rounding.md`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ def contract(weights: Tensor, rows: Tensor, bad: Tensor | None, dtype: torch.dty
     weights = weights.to(dtype)
     total: Tensor | None = None
     for start in range(0, len(rows), step):
-        part = rows[start : start + step].reshape(-1, numbers).to(dtype)
+        part = rows[start : start + step]
+        part = part.reshape(len(part), -1).to(dtype)
         part = part if bad is None else part.masked_fill(bad[start : start + step, None], 0)
         summed = weights[start : start + step] @ part
         total = summed if total is None else total + summed
@@ -124,14 +125,11 @@ def without_autocast(device: torch.device) -> torch.autocast:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Run a block with float32 products that are float32: no TF32, no bfloat16 in their place."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    if matmul == "highest" and not convolution:
+    with ExitStack() as settings:
+        if torch.get_float32_matmul_precision() != "highest":
+            settings.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        cudnn = torch.backends.cudnn
+        if torch.cuda.is_initialized() and cudnn.allow_tf32:
+            settings.enter_context(cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, False, False))
         yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution

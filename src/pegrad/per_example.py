@@ -13,6 +13,8 @@ from pegrad.clipping import Flat
 from pegrad.numerics import accumulator
 from pegrad.strategies import Strategy, resolve
 from pegrad.strategies.base import Leaves
+from pegrad.strategies.failures import attributed
+from pegrad.tracing.eager import eager
 from pegrad.trees import PyTree
 
 Loss = Callable[[Any, Any], Any]
@@ -103,9 +105,11 @@ def per_example_value_and_grad(
     chosen = resolve(strategy)
     check_size("chunk_size", chunk_size)
 
+    @eager
     def values_and_grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PerExample:
         call = Call.of(loss, params, batch, mask)
-        answers = [chosen.stacked(chunk) for chunk in call.chunks(chunk_size)]
+        with attributed(chosen, call.problem):
+            answers = [chosen.stacked(chunk) for chunk in call.chunks(chunk_size)]
         grads, values = zip(*answers, strict=True)
         leaves = [call.rows(parts) for parts in zip(*grads, strict=True)]
         return PerExample(trees.unflatten(call.params, leaves), call.losses(values), call.aux(values))
@@ -133,9 +137,11 @@ def per_example_norm(
     chosen = resolve(strategy)
     check_size("chunk_size", chunk_size)
 
+    @eager
     def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
         call = Call.of(loss, params, batch, mask)
-        squares = [chosen.squared_norms(chunk)[0] for chunk in call.chunks(chunk_size)]
+        with attributed(chosen, call.problem):
+            squares = [chosen.squared_norms(chunk)[0] for chunk in call.chunks(chunk_size)]
         return _norms(call, squares)
 
     return norms
@@ -196,6 +202,7 @@ class ClippedGrad:
         """How far one example, added or removed, can move the value: `clip_norm / normalize_by`."""
         return self.clipping.bound
 
+    @eager
     def __call__(self, params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Clipped:
         """Evaluate the sum.
 
@@ -215,7 +222,8 @@ class ClippedGrad:
         sums = _Accumulator(call)
         squares, values = [], []
         for chunk in call.chunks(self.microbatch_size):
-            parts, norms, value = self.strategy.weighted_sum(chunk, self.clipping)
+            with attributed(self.strategy, chunk):
+                parts, norms, value = self.strategy.weighted_sum(chunk, self.clipping)
             sums.add(parts)
             squares.append(norms)
             values.append(value)

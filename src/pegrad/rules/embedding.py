@@ -60,7 +60,7 @@ class EmbeddingWeight(Site):
     def _places(self, x: Tensor) -> Tensor:
         """Number each token of each example as if every example had a table of its own."""
         first = torch.arange(x.shape[0], device=x.device) * self.source.shape[0]
-        return (x.flatten(1) + first[:, None]).flatten()
+        return (x.reshape(x.shape[0], -1) + first[:, None]).flatten()
 
     def _scatter(self, x: Tensor, g: Tensor) -> Tensor:
         rows, width = self.source.shape
@@ -93,6 +93,8 @@ def embedding(
 ) -> Any:
     """Rule of `F.embedding`."""
     if max_norm is not None or scale_grad_by_freq or not trace.is_batched(input) or not trace.is_parameter(weight):
+        return NotImplemented
+    if not input.numel() or not weight.numel():
         return NotImplemented
     padding = padding_idx + weight.shape[0] if padding_idx is not None and padding_idx < 0 else padding_idx
 

@@ -71,6 +71,8 @@ def linear(trace: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None =
     """Rule of `F.linear`."""
     if not trace.is_parameter(weight) or not trace.is_batched(input) or weight.dim() != 2:
         return NotImplemented
+    if not weight.numel() or not input.numel():
+        return NotImplemented
     fused = bias if bias is not None and trace.is_parameter(bias) else None
 
     def run(x: Tensor, tap: Tap) -> Tensor:
@@ -123,6 +125,8 @@ def einsum(trace: Recorder, equation: str, *operands: Any) -> Any:
     positions = [i for i in xs if i not in ws]
     repeated = any(len(set(group)) != len(group) for group in (xs, ws, out))
     if repeated or any(i in out for i in shared) or set(out) != set(own + positions):
+        return NotImplemented
+    if not w.numel() or not x.numel():
         return NotImplemented
     rows = torch.einsum(f"{xs}->{''.join(positions + shared)}", x)
     matrix = torch.einsum(f"{ws}->{''.join(own + shared)}", w)

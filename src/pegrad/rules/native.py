@@ -1,7 +1,12 @@
-"""Operations without parameters whose batching rule is slow or missing: run on the physical batch."""
+"""Operations whose batching rule is slow, missing or picks the wrong kernel: run in another way.
 
+A parameter among their arguments is copied for each example.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,9 +25,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Rule of `F.scaled_dot_product_attention`, which on a CPU `vmap` would loop over."""
-    tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
-    if any(trace.is_parameter(t) for t in tensors):
-        return NotImplemented
+    # Under `vmap` a mask does not seem to require a gradient, and a kernel that cannot give it one would be picked.
+    tensors = _copied(trace, [query, key, value] if attn_mask is None else [query, key, value, attn_mask])
     axes = max(t.dim() for t in tensors)
     aligned = [t.reshape(*[1] * (axes - t.dim()), *t.shape) for t in tensors]
 
@@ -35,4 +39,15 @@ def attention(
     return trace.run(run, *aligned)
 
 
-RULES: dict[Any, Rule] = {F.scaled_dot_product_attention: attention}
+def column_stack(trace: Recorder, tensors: Sequence[Tensor]) -> Tensor:
+    """Rule of `torch.column_stack`."""
+    return torch.cat([t if t.dim() > 1 else t.reshape(-1, 1) for t in _copied(trace, tensors)], 1)
+
+
+def _copied(trace: Recorder, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Give each example a copy of the parameters among tensors, of which at least one is batched."""
+    witness = next(t for t in tensors if trace.is_batched(t))
+    return [trace.expand(t, witness) if trace.is_parameter(t) else t for t in tensors]
+
+
+RULES: dict[Any, Rule] = {F.scaled_dot_product_attention: attention, torch.column_stack: column_stack}

@@ -103,6 +103,13 @@ def group_norm(
         images = x.flatten(0, 1)
         return F.group_norm(images, num_groups, weight, bias, eps).reshape(x.shape)
 
+    witness = next((t for t in (weight, bias) if t is not None and trace.is_batched(t)), None)
+    if witness is not None and trace.is_parameter(input):  # copies share their memory; the kernel wants them laid out
+        images = trace.expand(input, witness).clone(memory_format=torch.contiguous_format)
+        weight, bias = (
+            trace.expand(t, witness) if t is not None and trace.is_parameter(t) else t for t in (weight, bias)
+        )
+        return F.group_norm(images, num_groups, weight, bias, eps)
     return _affine(trace, "group norm", function, input, weight, bias, _over_images(input.shape[0]))
 
 

@@ -1,7 +1,7 @@
 """What a backward pass over a trace is turned into: stacked gradients, norms, and weighted sums."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ Totals = Iterable[tuple[Tensor, Tensor]]
 """Tensors, each with what is to be added to the gradient there."""
 Sum = Callable[[Tensor, Tensor | None], Totals]
 """`(weights, bad rows or None) -> Totals`"""
+
+Way = Literal["alone", "made", "shared"]
+"""By the kernel chosen; stacked, with a native sum; or stacked and added to the leaf's other uses."""
 
 
 class Book(Protocol):
@@ -68,6 +71,12 @@ class Roots(NamedTuple):
         """Tell whether a sum at this use reaches the leaves with all its digits, though by more than an isometry."""
         line = self.lineages[id(source)]
         return self.sole(source) and not line.cast and source.dtype == sum_dtype
+
+    def way(self, site: Site, sum_dtype: torch.dtype) -> Way:
+        """Decide how a site's norms and sum are found: what `Norms` does, and `explain` prints."""
+        if self.alone(site.source):
+            return "alone"
+        return "made" if site.bounded and self.exactly_made(site.source, sum_dtype) else "shared"
 
 
 class Leafwise:
@@ -159,9 +168,10 @@ class Norms:
         """See `Book.receive`."""
         x, g = widen(x), widen(g)
         for site in tapped.sites:
-            if self.roots.alone(site.source):
+            way = self.roots.way(site, accumulator(g.dtype, self.rows))
+            if way == "alone":
                 self._enter(site, self._choose(site, tapped), x, g)
-            elif site.bounded and self.roots.exactly_made(site.source, accumulator(g.dtype, self.rows)):
+            elif way == "made":
                 self._enter_made(site, x, g)
             else:
                 self._enter_leaves(self._shared.add(site.source, stack_rows(site, x, g)))

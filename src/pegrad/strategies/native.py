@@ -91,7 +91,9 @@ class NativeSum:
             summed = native.run(*part)
             largest.append(_largest(summed))
             total = summed.to(dtype) if total is None else total.add_(summed)
-        unsafe = rounding.mistrusted_sum(largest, step * positions, g.dtype, bound / self.gain)
+        unsafe = rounding.mistrusted_sum(
+            largest, step * positions, g.dtype, bound / self.gain if self.gain else float("inf")
+        )
         return None if unsafe else total
 
     def _exact_sum(self, x: Tensor, g: Tensor, weights: Tensor, bad: Tensor | None, rows: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from pegrad.errors import ArgumentError
@@ -69,6 +68,9 @@ class Traced(Strategy):
         apart: set[int] = set()
         while True:
             trace = self.trace(problem, apart)
+            if opaque := trace.opaque() - apart:
+                apart |= opaque
+                continue
             book = make_book(trace)
             leaked = self.run_back(problem, trace, book, last=last)
             if not leaked:
@@ -84,7 +86,7 @@ class Traced(Strategy):
                 book.receive(tapped, x, g)
 
         with without_autocast(problem.device):
-            copies, leaks = trace.backward(torch.ones_like(trace.losses), receive, last=last)
+            copies, leaks = trace.backward(receive, last=last)
             leaked = {i for i, leaks_here in enumerate(leaks) if leaks_here}
             if not leaked:
                 with full_precision():

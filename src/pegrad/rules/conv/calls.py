@@ -1,7 +1,7 @@
 """PyTorch's convolution functions, their arguments read into one form."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,23 @@ class Convolution:
     size: tuple[int, ...]
     transposed: bool
     unbatched: bool
+
+    def numel(self) -> int:
+        """Count multiplied numbers: 0 where there is nothing to convolve, which a kernel need not know of."""
+        return self.input.numel() * self.weight.numel()
+
+    def autocast(self) -> "Convolution":
+        """Cast the tensors as PyTorch's own function would: what is saved then has the dtype of the output."""
+        device = self.input.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return self
+
+        def cast(t: Tensor) -> Tensor:
+            eligible = t.is_floating_point() and t.dtype != torch.float64
+            return t.to(torch.get_autocast_dtype(device)) if eligible else t
+
+        bias = None if self.bias is None else cast(self.bias)
+        return replace(self, input=cast(self.input), weight=cast(self.weight), bias=bias)
 
     def finish(self, y: Tensor) -> Tensor:
         """Give the output the axes that the caller expects."""

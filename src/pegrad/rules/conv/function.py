@@ -35,13 +35,18 @@ def replacements(kernel: str | None = None) -> dict[Callable, Callable]:
         A table from function to function; key and value take the same arguments and return the same values.
     """
 
-    def replacement(read: Callable[..., Convolution]) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: _apply(read(*args, **kwargs), kernel)
+    def replacement(function: Callable[..., Tensor], read: Callable[..., Convolution]) -> Callable[..., Tensor]:
+        def convolve(*args: Any, **kwargs: Any) -> Tensor:
+            convolution = read(*args, **kwargs)
+            return _apply(convolution, kernel) if convolution.numel() else function(*args, **kwargs)
 
-    return {function: replacement(read) for function, read in READERS.items()}
+        return convolve
+
+    return {function: replacement(function, read) for function, read in READERS.items()}
 
 
 def _apply(convolution: Convolution, kernel: str | None) -> Tensor:
+    convolution = convolution.autocast()
     call = Call(convolution.geometry, convolution.size, kernel)
     y = (InputGradient if convolution.transposed else Value).apply(convolution.input, convolution.weight, call)
     if convolution.bias is not None:

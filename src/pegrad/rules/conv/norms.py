@@ -5,8 +5,9 @@ unfolded input, the first is
 
     norm² = sum over positions t, t' of  (g[t] · g[t']) * (u[t] · u[t'])
 
-for each group of channels, and the second the part of it that has t = t': see `Site.norming`. They take a few examples at a time, or one example in blocks of rows of the two Gram
-matrices, so that memory is bounded whatever the number of positions.
+for each group of channels, and the second the part of it that has t = t': see `Site.norming`. They take a few examples
+at a time, or one example in blocks of rows of the two Gram matrices, so that memory is bounded whatever the number of
+positions.
 """
 
 from collections.abc import Iterator

@@ -14,7 +14,7 @@ from pegrad.rules.site import Recorder, Rule, Site, Tap
 def _rule(name: str, read: Callable[..., Convolution]) -> Rule:
     def rule(trace: Recorder, *args: Any, **kwargs: Any) -> Any:
         call = read(*args, **kwargs)
-        if not trace.is_parameter(call.weight) or not trace.is_batched(call.input):
+        if not trace.is_parameter(call.weight) or not trace.is_batched(call.input) or not call.numel():
             return NotImplemented
         fused = call.bias if call.bias is not None and trace.is_parameter(call.bias) else None
         images = call.input.shape[0]

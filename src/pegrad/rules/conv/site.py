@@ -61,7 +61,7 @@ class ConvWeight(Site):
         return self.images * prod(self._roles(x, g)[1][2:])
 
     def amplitude(self, x: Tensor, g: Tensor) -> Tensor:
-        """See `Site.amplitude`; by Cauchy and Schwarz, a number of the input being in as many windows as a kernel has."""
+        """See `Site.amplitude`; by Cauchy and Schwarz, each input being in as many windows as a kernel has numbers."""
         bounds = (norm_bounds(x) * norm_bounds(g)).reshape(-1, self.images)
         return bounds.sum(1) * prod(self.geometry.kernel) ** 0.5
 
