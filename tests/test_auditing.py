@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optree
 import pytest
 import torch
 import torchopt
@@ -22,8 +21,8 @@ from pegrad.sampling import PoissonSampler, gather
 CLIP, SIGMA, DELTA = 0.5, 4.0, 1e-5
 
 
-def add_noise(key, grads, std):
-    return optree.tree_map(lambda n, g: n.mul_(std).add_(g), random.tree_normal(key, grads), grads, namespace="pegrad")
+def add_noise(key, grads, std, step):
+    return pegrad.add_noise(key, grads, std, step=step)
 
 
 # The bounds.
@@ -140,14 +139,14 @@ class Parts:
     def std(self):
         return SIGMA * CLIP / self.normalize_by
 
-    def key(self, state):
-        return random.fold_in(state.key, state.step)
+    def noise_step(self, state):
+        return state.step
 
     def init(self, params, key):
         return pegrad.State(key, 0, self.optimizer.init(params))
 
     def __call__(self, params, state, batch, mask=None):
-        grads = add_noise(self.key(state), self.clipped(params, batch, mask), self.std())
+        grads = add_noise(state.key, self.clipped(params, batch, mask), self.std(), self.noise_step(state))
         updates, kept = self.optimizer.update(grads, state.optimizer, params)
         return optim.apply_updates(params, updates), pegrad.State(state.key, state.step + 1, kept)
 
@@ -177,8 +176,8 @@ class MaskIgnored(Parts):
 
 
 class KeyNotFolded(Parts):
-    def key(self, state):
-        return state.key
+    def noise_step(self, state):
+        return 0
 
 
 def linear(params, example):
@@ -349,11 +348,23 @@ def test_scores_are_inner_products_of_clipped_gradients():
         flat = flat * (20 / flat.norm(dim=1, keepdim=True)).clamp(max=1)
         std = SIGMA * step.clipped_grad.sensitivity
         clean = step.clipped_grad(params, batch).grads
-        noisy = add_noise(random.fold_in(state.key, state.step), clean, std)
+        noisy = add_noise(state.key, clean, std, state.step)
         torch.testing.assert_close(row, flat @ torch.cat([noisy["w"], noisy["b"][None]]))
         params, state, _ = step(params, state, batch)
     raw = auditing.score(linear)(params, all_canaries, {"w": torch.ones(6), "b": torch.zeros(())})
     torch.testing.assert_close(raw, stacked(params, all_canaries)["w"].sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_was_released_may_be_wider_than_the_parameters(dtype):
+    """Catches: a sum over many examples, in float64, that float32 canaries cannot be scored by."""
+    params, all_canaries = (
+        {k: v.to(dtype) for k, v in tree.items()} for tree in (linear_params(4), {"x": torch.eye(4)})
+    )
+    for clip_norm, expected in ((None, 1.0), (0.5, 0.5)):
+        score = auditing.score(lambda params, example: params["w"] @ example["x"], clip_norm=clip_norm)
+        released = {"w": torch.ones(4, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+        assert score(params, all_canaries, released).tolist() == [expected] * 4
 
 
 @pytest.mark.parametrize("optimizer", [optim.adam(1e-2), torchopt.adamw(1e-2), torchopt.sgd(0.1, momentum=0.9)])
@@ -370,7 +381,7 @@ def test_recording_changes_nothing(optimizer):
         runs.append(params)
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in params)
     clean = step.clipped_grad(before[0], ordinary(random.key(2), 4, 6)).grads
-    noisy = add_noise(random.fold_in(before[1].key, 2), clean, SIGMA * step.clipped_grad.sensitivity)
+    noisy = add_noise(before[1].key, clean, SIGMA * step.clipped_grad.sensitivity, 2)
     assert all(torch.equal(noisy[name], state.optimizer.grads[name]) for name in params)
 
 
@@ -438,6 +449,10 @@ def test_wrong_arguments_are_refused():
             step, params, state, [], canaries=data, included=coins[1:], score=score, delta=DELTA
         ),
     }
+    with pytest.raises(pegrad.LeafError, match="released"):
+        score(params, data, {"w": params["w"]})
+    with pytest.raises(pegrad.LeafError, match="direction"):
+        score(params, data, {"w": params["w"][1:], "b": params["b"]})
     for message, call in wrong.items():
         with pytest.raises(pegrad.ArgumentError, match=message):
             call()

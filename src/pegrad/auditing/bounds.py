@@ -37,7 +37,7 @@ def p_value(correct: int, guesses: int, m: int, epsilon: float, delta: float) ->
     of what it releases, this number is at most p with probability at most p. Bound to `test_published_values`,
     `test_the_bound_holds_for_the_worst_mechanism`.
 
-    Source: Steinke, Nasr & Jagielski 2023, arXiv 2305.08846, Theorem 5.2 and Corollary 5.4.
+    Source: Steinke, Nasr & Jagielski 2023, arXiv 2305.08846, Corollary 5.4 and Appendix D.
     """
     _check_counts(correct=correct, guesses=guesses, m=m)
     _check_delta(delta)
@@ -122,7 +122,7 @@ def clopper_pearson(
     Guarantee: for a mechanism that is (ε, δ)-DP, the bound is at most ε with probability at least `confidence`, if the
     test was fixed before these runs were seen. Bound to `test_the_bound_of_repeated_runs_holds`.
 
-    Source: Jagielski, Ullman & Oprea 2020, arXiv 2006.07709, Algorithm 1; Clopper & Pearson 1934.
+    Source: Jagielski, Ullman & Oprea 2020, arXiv 2006.07709; Clopper & Pearson 1934.
 
     >>> round(clopper_pearson(1000, 1000, 0, 1000, delta=1e-5), 3)
     5.601

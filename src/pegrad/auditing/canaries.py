@@ -11,7 +11,7 @@ from pegrad.auditing.bounds import check_test
 from pegrad.auditing.guesses import OneRun, check_included, one_run
 from pegrad.clipping import check_positive
 from pegrad.dp_sgd import _pure_update
-from pegrad.errors import ArgumentError
+from pegrad.errors import ArgumentError, LeafError
 from pegrad.optim import GradientTransformation
 from pegrad.per_example import Loss, per_example_norm
 from pegrad.statistics import per_example_dot
@@ -85,18 +85,21 @@ def score(loss: Loss, *, clip_norm: float | None = None) -> Score:
         ArgumentError: `clip_norm` is not above zero.
         LeafError, LossError: on a call, as `pegrad.per_example_dot`.
 
-    Source: Steinke, Nasr & Jagielski 2023, arXiv 2305.08846, Algorithm 3 (Dirac canaries).
+    Source: Steinke, Nasr & Jagielski 2023, arXiv 2305.08846 (auditing DP-SGD from its gradients).
     """
-    dots = per_example_dot(loss)
-    if clip_norm is None:
-        return dots
-    check_positive("clip_norm", clip_norm)
-    norms = per_example_norm(loss)
+    if clip_norm is not None:
+        check_positive("clip_norm", clip_norm)
+    dots, norms = per_example_dot(loss), per_example_norm(loss)
 
-    def clipped_dots(params: PyTree, canaries: PyTree, released: PyTree) -> Tensor:
-        return dots(params, canaries, released) / (norms(params, canaries) / clip_norm).clamp(min=1)
+    def scores(params: PyTree, canaries: PyTree, released: PyTree) -> Tensor:
+        if trees.flatten(released)[1] != trees.flatten(params)[1]:
+            raise LeafError("released differs from params in structure: expected a pytree like params")
+        # A sum is in at least float32, and wider than the parameters where it has many terms.
+        direction = trees.map(lambda p, r: r.to(torch.promote_types(p.dtype, torch.float32)), params, released)
+        found = dots(params, canaries, direction)
+        return found if clip_norm is None else found / (norms(params, canaries) / clip_norm).clamp(min=1)
 
-    return clipped_dots
+    return scores
 
 
 def observe(

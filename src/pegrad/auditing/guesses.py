@@ -115,7 +115,7 @@ def repeated_runs(with_canary: Tensor, without_canary: Tensor, *, delta: float, 
     probability at least `confidence`. The runs must have keys of their own. Bound to
     `test_the_bound_of_repeated_runs_holds`.
 
-    Source: Jagielski, Ullman & Oprea 2020, arXiv 2006.07709, Algorithm 1.
+    Source: Jagielski, Ullman & Oprea 2020, arXiv 2006.07709.
     """
     check_test(delta, confidence)
     halves = []
