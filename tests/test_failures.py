@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad
+from torch.utils.checkpoint import checkpoint
 
 import oracle
 import pegrad
@@ -89,7 +90,7 @@ def test_no_strategy_is_recommended_that_fails_as_well(strategy):
         lambda p, x: Doubled.apply(p["w"] * x).sum(),
         lambda p, x: torch.tensor_split(p["w"] * x, torch.tensor([1]))[0].sum(),
     ):
-        with pytest.raises(pegrad.StrategyError, match="plain autograd can") as caught:
+        with pytest.raises(pegrad.StrategyError, match="Plain autograd can") as caught:
             pegrad.per_example_grad(loss, strategy=strategy)(PARAMS, BATCH)
         assert "strategy='naive'" not in str(caught.value)
 
@@ -119,6 +120,32 @@ def test_an_error_of_a_later_example_is_the_losss_too(strategy):
         pegrad.per_example_grad(lambda p, x: F.embedding(x, p["e"]).sum(), strategy=strategy)(
             {"e": torch.ones(3, 2)}, tokens
         )
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping", "auto"])
+def test_a_loss_that_calls_autograd_itself(strategy):
+    """Catches: the loop run without a graph on the later rows, and its failure there taken for the loss's own."""
+
+    def loss(p, x):
+        y = (p["w"] * x).sum()
+        return torch.autograd.grad(y * y, p["w"], create_graph=True)[0].sum()
+
+    with pytest.raises(pegrad.PegradError):
+        pegrad.per_example_grad(loss, strategy=strategy)(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (lambda p, x: (p["w"] * x).tolist()[0] * p["w"].sum(), r"\.tolist\(\)"),
+        (lambda p, x: (p["w"] * torch.from_numpy(x.numpy())).sum(), r"\.numpy\(\)"),
+        (lambda p, x: checkpoint(lambda t: (t * p["w"]).sin(), x, use_reentrant=False).sum(), "checkpointing"),
+    ],
+)
+def test_reasons_are_in_words_of_a_loss(loss, reason):
+    """Catches: 'Cannot access data pointer', 'escaped from inside a function being vmapped': nothing that a loss knows of."""
+    with pytest.raises(pegrad.StrategyError, match=reason):
+        pegrad.per_example_grad(loss)(PARAMS, BATCH)
 
 
 @pytest.mark.parametrize("strategy", [*pegrad.STRATEGIES])
@@ -165,6 +192,12 @@ def test_running_out_of_memory_is_not_the_strategys_fault(strategy):
 
     with pytest.raises(torch.OutOfMemoryError):
         pegrad.per_example_grad(loss, strategy=strategy)(PARAMS, BATCH)
+
+
+def test_the_error_is_a_builtin_one_as_well():
+    """Catches: `except RuntimeError`, which caught these failures before, left with nothing to catch."""
+    assert issubclass(pegrad.StrategyError, pegrad.PegradError)
+    assert issubclass(pegrad.StrategyError, RuntimeError)
 
 
 @pytest.mark.parametrize("strategy", VECTORISED)

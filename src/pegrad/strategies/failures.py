@@ -13,12 +13,18 @@ from pegrad.strategies.naive import Naive
 from pegrad.tracing.batched import transformed
 
 _REASONS = (
-    (r"data-dependent control flow|\.item\(\)", "it asks for the value of a tensor (by if, bool, .item(), ...)"),
+    (
+        r"data-dependent control flow|\.item\(\)|Cannot access data pointer",
+        "it asks for the value of a tensor (by if, bool, .item(), .tolist(), .numpy(), ...)",
+    ),
+    (r"saved tensor hooks|escaped from inside", "it runs again in the backward pass (activation checkpointing)"),
     (r"dynamic shape|masked_select", "it makes a tensor whose size depends on the example"),
     (r"in[- ]?place", "it writes in place to a tensor that the examples share"),
     (r"(aten::\w+(\.\w+)?)", r"PyTorch cannot vectorise \1"),
 )
 """What errors of PyTorch's say, as a regular expression, and what that means for a loss of one example."""
+
+_NAIVE = "Use strategy='naive', which can"
 
 
 @contextmanager
@@ -55,22 +61,18 @@ def _ask_the_loop(strategy: Strategy, problem: Problem) -> str:
     first = replace(problem, batch=[leaf[:1] for leaf in problem.batch])
     if transformed():  # where plain autograd may not be called
         Naive().stacked(first)
-        return "strategy='naive' can"
+        return _NAIVE
     leaves = [leaf.detach().requires_grad_() for leaf in problem.params]
-    with torch.enable_grad():
-        loss, _ = problem.loss(leaves, [leaf[0] for leaf in problem.batch])
-        if loss.requires_grad:
-            torch.autograd.grad(loss, leaves, allow_unused=True)
-    with torch.no_grad():
-        for b in range(1, problem.batch_size):
-            problem.loss(leaves, [leaf[b] for leaf in problem.batch])
-    if not isinstance(strategy, Naive):
-        try:
-            Naive().stacked(first)
-        except Exception:
-            return "plain autograd can, but so far no strategy"
-        return "strategy='naive' can"
-    return "plain autograd can, but so far no strategy"
+    with torch.enable_grad():  # in all rows: a loss may call autograd itself
+        for b in range(problem.batch_size):
+            loss, _ = problem.loss(leaves, [leaf[b] for leaf in problem.batch])
+            if b == 0 and loss.requires_grad:
+                torch.autograd.grad(loss, leaves, allow_unused=True)
+    try:
+        Naive().stacked(first)
+    except Exception:
+        return "Plain autograd can, but so far no strategy"
+    return _NAIVE
 
 
 def _reason(error: Exception) -> str:
