@@ -143,7 +143,7 @@ def test_a_loss_that_calls_autograd_itself(strategy):
     ],
 )
 def test_reasons_are_in_words_of_a_loss(loss, reason):
-    """Catches: 'Cannot access data pointer', 'escaped from inside a function being vmapped': nothing that a loss knows of."""
+    """Catches: 'escaped from inside a function being vmapped', which tells of nothing that a loss knows."""
     with pytest.raises(pegrad.StrategyError, match=reason):
         pegrad.per_example_grad(loss)(PARAMS, BATCH)
 
