@@ -1,9 +1,10 @@
 # Two commands do all: `make demo` sets up and runs the main job, `make test` sets up and runs every check.
+# `make test-all` runs what takes longer beside them: whole tables of operations, searches, mutants.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-all lint types clean
 
 demo: $(READY)
 	$(BIN)/python -m pegrad train --data digits --out out/demo
@@ -11,6 +12,10 @@ demo: $(READY)
 test: $(READY) lint types
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+test-all: test
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python tests/mutants/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

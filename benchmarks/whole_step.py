@@ -113,6 +113,6 @@ def _private_step(task: Task, optimizer: Any) -> dict[str, Callable[[], Any]]:
 
     return {
         "private step": partial(step, task.params, state, task.batch),
-        "noise": partial(pegrad.add_noise, key, grads, NOISE_MULTIPLIER * step.clipped_grad.sensitivity),
+        "noise": partial(pegrad.add_noise, key, grads, NOISE_MULTIPLIER * step.clipped_grad.sensitivity, step=0),
         "private update": update,
     }

@@ -46,13 +46,15 @@ def test_private_training_writes_metrics_and_a_picture(tmp_path, capsys):
     report = train(tmp_path / "new" / "folder", "--seed", "3", "--epsilon", "6", *larger)
     out = capsys.readouterr().out
     assert "seed 3" in out
+    assert "this run is not private" in out
     assert "δ = 0.0001" in out
     assert all(name in out for name in (BASELINE, *STRATEGIES))
     assert report["settings"] == {"batch_size": 128, "epochs": 0.25, "lr": 0.005, "steps": 3}
     assert report["privacy"]["epsilon"] == 6
     assert report["privacy"]["noise_multiplier"] > 0
-    assert report["seed"] == 3
+    assert report["seeded"] is True
     assert "no guarantee" in report["not_private"]
+    assert "seed can subtract the noise" in report["not_private"]
     assert [point["step"] for point in report["history"]] == [1, 2, 3]
     spent = [point["epsilon"] for point in report["history"]]
     assert spent == sorted(set(spent))
@@ -83,11 +85,19 @@ def test_a_seed_repeats_the_run(tmp_path):
     assert first["history"] != other["history"]
 
 
+def test_the_seed_is_in_no_file(tmp_path):
+    """Catches: a seed that is published with the results, and with it the noise of the run."""
+    train(tmp_path, "--seed", "918273645")
+    for path in tmp_path.iterdir():
+        assert b"918273645" not in path.read_bytes()
+
+
 def test_without_a_seed_no_two_runs_are_alike(tmp_path, capsys):
     """Catches: a default seed, with which anybody could take the noise away."""
     first, second = (train(tmp_path / name, "--noise-multiplier", "0") for name in "ab")
     assert "operating system's entropy" in capsys.readouterr().out
-    assert first["seed"] is None
+    assert first["seeded"] is False
+    assert "not private:" not in first["not_private"]
     assert first["history"] != second["history"]
 
 

@@ -1,12 +1,15 @@
 """The step: what noise it adds, that it is stateless, and that other people's optimizers fit."""
 
 import io
+import re
 import weakref
 
 import pytest
 import torch
 import torchopt
 from scipy import stats
+from torchopt.base import EmptyState
+from torchopt.transform.scale_by_adam import ScaleByAdamState
 
 import pegrad
 from pegrad import optim, random, trees
@@ -46,14 +49,36 @@ def test_step_adds_noise_of_the_stated_law(microbatch_size, expected_batch_size)
 def test_noise_follows_the_stated_law():
     """Catches: variance taken for standard deviation; noise that is the same for every leaf."""
     grads = {"x": torch.zeros(SIZE), "y": torch.zeros(100, 200, dtype=torch.float64)}
-    noise = pegrad.add_noise(random.key(5), grads, 0.3)
+    noise = pegrad.add_noise(random.key(5), grads, 0.3, step=0)
     for leaf in noise.values():
         assert stats.kstest(leaf.flatten().numpy() / 0.3, "norm").pvalue > 1e-3
         assert stats.kstest(leaf.flatten().numpy() / 0.2, "norm").pvalue < 1e-6
         assert stats.kstest(leaf.flatten().numpy() / 0.45, "norm").pvalue < 1e-6
-    assert all(
-        a is b for a, b in zip(pegrad.add_noise(random.key(5), grads, 0.0).values(), grads.values(), strict=True)
-    )
+    none = pegrad.add_noise(random.key(5), grads, 0.0, step=0)
+    assert all(a is b for a, b in zip(none.values(), grads.values(), strict=True))
+
+
+def test_a_loop_with_one_key_adds_fresh_noise_each_step():
+    """Catches: the obvious loop, one key for all steps, that adds the same noise at every step."""
+    grads, key = {"x": torch.zeros(1000, dtype=torch.float64)}, random.key(5)
+    noise = [pegrad.add_noise(key, grads, 1.0, step=step)["x"] for step in range(4)]
+    assert len(torch.cat(noise).unique()) == 4000
+    assert torch.equal(pegrad.add_noise(key, grads, 1.0, step=2)["x"], noise[2])
+    with pytest.raises(TypeError, match="step"):
+        pegrad.add_noise(key, grads, 1.0)
+    for wrong in (-1, 0.5):
+        with pytest.raises(pegrad.ArgumentError, match="data"):
+            pegrad.add_noise(key, grads, 1.0, step=wrong)
+
+
+def test_the_step_by_hand_is_the_step():
+    """Catches: noise of the composed step that is not that of its parts."""
+    step = make()
+    state = step.init(PARAMS, random.key(1))._replace(step=7)
+    out = step(PARAMS, state, BATCH)
+    clipped = step.clipped_grad(PARAMS, BATCH)
+    noisy = pegrad.add_noise(state.key, clipped.grads, 1.3 * step.clipped_grad.sensitivity, step=7)
+    assert torch.equal(out.params["a"], PARAMS["a"] - noisy["a"])
 
 
 def test_noise_makes_no_second_copy_of_the_model(monkeypatch):
@@ -143,10 +168,12 @@ def test_resuming_from_a_file_is_as_if_never_stopped(optimizer):
 
     params, state = run(PARAMS, step.init(PARAMS, random.key(3)), 3)
     file = io.BytesIO()
-    torch.save((params, tuple(state)), file)
+    torch.save((params, state), file)
     file.seek(0)
-    params, state = torch.load(file, weights_only=False)
-    resumed, _ = run(params, pegrad.State(*state), 3)
+    with torch.serialization.safe_globals([ScaleByAdamState, EmptyState]):  # TorchOpt's own
+        params, state = torch.load(file)
+    assert type(state) is pegrad.State
+    resumed, _ = run(params, state, 3)
     straight, _ = run(PARAMS, step.init(PARAMS, random.key(3)), 6)
     assert all(torch.equal(resumed[k], straight[k]) for k in PARAMS)
 
@@ -181,3 +208,125 @@ def test_the_divisor_is_the_public_constant():
     mask = torch.tensor([True, True, False, False])
     out = step(PARAMS, step.init(PARAMS, random.key(0)), BATCH, mask)
     torch.testing.assert_close(out.params["a"], -BATCH[:2].sum(0) / 10)
+
+
+def test_a_loaded_step_is_what_was_saved():
+    """Catches: types that torch.load refuses by default, and those that come back as others."""
+    step = make(optimizer=optim.adam(1e-2))
+    saved = step(PARAMS, step.init(PARAMS, random.key(3)), BATCH)
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert trees.flatten(loaded)[1] == trees.flatten(saved)[1]
+    for ours, theirs in zip(trees.leaves(loaded), trees.leaves(saved), strict=True):
+        assert type(ours) is type(theirs)
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
+    assert torch.utils._pytree.tree_structure(loaded) == torch.utils._pytree.tree_structure(saved)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_no_state_and_no_step_prints_its_key(plain):
+    """Catches: a log of a step that gives the noise away; also with a key that is a plain tensor."""
+    step = make(optimizer=optim.sgd(0.1, momentum=0.9))
+    key = random.key(3)
+    if plain:
+        key = torch.tensor(key.tolist(), dtype=torch.uint8)
+    params = {"a": torch.zeros(4), "b": torch.zeros(3)}
+    state = step.init(params, key)
+    taken = step(params, state, torch.ones(2, 4))
+    for each in (state, taken.state, taken, [taken], {"state": state}):
+        for shown in (repr(each), str(each), f"{each}"):
+            assert "key=key(…)" in shown
+            assert str(key.tolist()[:3])[1:-1] not in re.sub(r"\s+", " ", shown)
+            assert "uint8" not in shown
+    assert "optimizer=" in repr(state)
+
+
+def dropout_loss(params, x):
+    return (params["a"] * torch.nn.functional.dropout(x, 0.5)).sum() + params["b"].sum() * 0
+
+
+@pytest.mark.parametrize("strategy", pegrad.STRATEGIES)
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_dropout_is_a_function_of_key_and_step(strategy, microbatch_size):
+    """Catches: dropout drawn from torch's own state: other bits for the same arguments, and a generator moved on."""
+    step = pegrad.dp_sgd(
+        dropout_loss,
+        optim.sgd(1.0),
+        clip_norm=1e3,
+        noise_multiplier=0.0,
+        expected_batch_size=1,
+        strategy=strategy,
+        microbatch_size=microbatch_size,
+    )
+    params, batch = {"a": torch.zeros(40), "b": torch.zeros(3)}, torch.ones(4, 40)
+    state = step.init(params, random.key(1))
+    before = torch.get_rng_state()
+    first = step(params, state, batch).params["a"]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert torch.equal(step(params, state, batch).params["a"], first)
+    assert not torch.equal(step(params, state._replace(step=1), batch).params["a"], first)
+    assert not torch.equal(step(params, state._replace(key=random.key(2)), batch).params["a"], first)
+    # Four examples, each with a mask of its own: sums of 0 to 4 doubled ones, not 0 or 4 alone.
+    assert set((-first / 2).tolist()) - {0.0, 4.0}
+
+
+def test_metrics_leave_padding_out():
+    """Catches: a mean loss over padding, and aux of padding rows that looks like that of examples."""
+
+    def with_aux(params, x):
+        return (params["a"] * x).sum(), {"x": x, "big": x.sum() > 0, "whole": x.sum().long() + 1}
+
+    step = pegrad.dp_sgd(with_aux, optim.sgd(1.0), clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=1)
+    params = {"a": torch.ones(3)}
+    state = step.init(params, random.key(1))
+    batch, mask = torch.arange(12.0).view(4, 3), torch.tensor([True, False, True, False])
+    metrics = step(params, state, batch, mask).metrics
+    assert metrics.mask.tolist() == mask.tolist()
+    assert metrics.mean_loss == (batch[0].sum() + batch[2].sum()) / 2
+    assert metrics.aux["x"].tolist() == (batch * mask[:, None]).tolist()
+    assert metrics.aux["big"].tolist() == [True, False, True, False]
+    assert metrics.aux["whole"].tolist() == [4, 0, 22, 0]
+    whole = step(params, state, batch).metrics
+    assert whole.mask.tolist() == [True] * 4
+    assert whole.mean_loss == batch.sum() / 4
+    for empty in (step(params, state, batch[:0]), step(params, state, batch, torch.zeros(4, dtype=torch.bool))):
+        assert empty.metrics.mean_loss.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.complex64, torch.float8_e4m3fn])
+def test_aux_of_any_dtype_takes_a_mask(dtype):
+    """Catches: padding set to zero by an operation that some dtypes lack, or that changes the dtype."""
+
+    def with_aux(params, x):
+        return (params * x).sum(), x.to(dtype)
+
+    out = pegrad.clipped_grad(with_aux, clip_norm=1.0)(torch.ones(2), torch.ones(2, 2), torch.tensor([True, False]))
+    assert out.aux.dtype == dtype
+    assert out.aux.to(torch.complex64).real.tolist() == [[1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_padding_that_is_not_finite_leaves_no_trace(value):
+    """Catches: padding that is multiplied by zero in place of being set to it."""
+
+    def with_aux(params, x):
+        return (params["a"] * x).sum(), x
+
+    step = pegrad.dp_sgd(with_aux, optim.sgd(1.0), clip_norm=1.0, noise_multiplier=0.0, expected_batch_size=1)
+    params = {"a": torch.ones(3)}
+    batch = torch.stack([torch.ones(3), torch.full((3,), value)])
+    out = step(params, step.init(params, random.key(1)), batch, torch.tensor([True, False]))
+    assert out.metrics.mean_loss == 3
+    assert out.metrics.aux[1].tolist() == [0, 0, 0]
+    assert out.metrics.non_finite == 0
+    assert out.params["a"].isfinite().all()
+
+
+def test_a_mask_that_is_no_tensor_is_refused():
+    """Catches: a raw AttributeError."""
+    step = make()
+    with pytest.raises(pegrad.LeafError, match="mask is of type list"):
+        step(PARAMS, step.init(PARAMS, random.key(1)), BATCH, [True] * 4)

@@ -102,7 +102,7 @@ def test_batch_norm_module_is_refused_in_training_and_served_in_evaluation(strat
         (lambda: _dp_sgd(expected_batch_size=0), "expected_batch_size=0"),
         (lambda: _dp_sgd(optimizer=torch.optim.SGD([torch.ones(1)], 0.1)), "init and update, got SGD"),
         (lambda: _dp_sgd().init(PARAMS, torch.zeros(2)), "key"),
-        (lambda: pegrad.add_noise(pegrad.random.key(0), PARAMS, float("inf")), "std=inf"),
+        (lambda: pegrad.add_noise(pegrad.random.key(0), PARAMS, float("inf"), step=0), "std=inf"),
     ],
 )
 def test_arguments(make, message):

@@ -1,7 +1,10 @@
 """Keys, keystreams and the law of what comes out of them. Keys are fixed, so every statistic here is a constant."""
 
+import copy
+import io
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -55,11 +58,80 @@ def test_known_answers():
     assert random.permutation(key, 6).tolist() == PERMUTATION_0
 
 
-def test_keys_are_plain_tensors():
+def test_keys_are_tensors():
     for key in (random.key(), random.key(3), random.fold_in(random.key(3), 1), *random.split(random.key(3), 3)):
+        assert isinstance(key, torch.Tensor)
         assert key.dtype == torch.uint8
         assert key.shape == (32,)
         assert key.device.type == "cpu"
+
+
+def test_no_key_prints_its_bytes():
+    """Catches: a key in a log, printed by itself, in what holds it, or as a copy, a slice or a stack of it."""
+    key = random.key(3)
+    holder = torch.nn.Module()
+    holder.register_buffer("key", key)
+    copies = [
+        key,
+        random.key(),
+        random.fold_in(key, 1),
+        random.split(key)[1],
+        key.clone(),
+        key.detach(),
+        key.data,
+        key.to("cpu", copy=True),
+        key[:16],
+        key.view(4, 8),
+        torch.stack([key, key]),
+        torch.stack([key, key])[0],
+        key.unbind()[0],
+        torch.empty_like(key).copy_(key),
+        copy.copy(key),
+        copy.deepcopy(key),
+        pickle.loads(pickle.dumps(key)),
+        holder.to("cpu").key,
+    ]
+    for each in copies:
+        for shown in (repr(each), str(each), f"{each}", "%s" % each, f"{each!r}"):  # noqa: UP031
+            assert shown == "key(…)"
+    assert str({"key": key, "all": [copies[0]]}) == "{'key': key(…), 'all': [key(…)]}"
+    assert "tensor(" not in str(key.max(0).values)
+    assert str(holder.state_dict()["key"]) == "key(…)"
+
+
+def test_what_is_no_longer_the_bytes_of_a_key_is_a_plain_tensor():
+    """Catches: a type that spreads to whatever a key is compared or combined with, and hides it."""
+    key = random.key(3)
+    results = [key == key, key.sum(), key.double(), torch.where(key > 9, 1.0, 0.0), key.max(0).indices]
+    assert all(type(result) is torch.Tensor for result in results)
+    assert torch.equal(key, random.key(3))
+    plain = torch.zeros(32, dtype=torch.uint8)
+    assert plain.copy_(key).tolist() == key.tolist()
+    mine = key.clone()
+    assert mine.copy_(random.key(4)) is mine
+
+
+def test_a_key_is_saved_and_loaded_as_what_it_is():
+    """Catches: a key that torch.load refuses under its default settings, or returns as a tensor that prints."""
+    key, file = random.key(3), io.BytesIO()
+    torch.save({"key": key}, file)
+    file.seek(0)
+    loaded = torch.load(file)["key"]
+    assert type(loaded) is type(key)
+    assert torch.equal(loaded, key)
+    assert copy.deepcopy([key, key])[0].tolist() == key.tolist()
+
+
+def test_a_key_can_be_compiled_over():
+    """Catches: a key whose base is a key, without end."""
+    assert torch.compile(lambda key: key.double().sum(), backend="eager")(random.key(3)) == random.key(3).sum()
+
+
+def test_a_plain_tensor_of_the_bytes_is_the_same_key():
+    """Catches: keys of older files that are refused, or mean something else."""
+    plain = torch.tensor(random.key(3).tolist(), dtype=torch.uint8)
+    assert torch.equal(random.fold_in(plain, 5), random.fold_in(random.key(3), 5))
+    assert torch.equal(random.normal(plain, (3,)), random.normal(random.key(3), (3,)))
 
 
 def test_derived_keys_never_coincide():
@@ -215,6 +287,62 @@ def test_no_global_state():
     random.permutation(random.key(0), 10)
     assert torch.equal(random.normal(random.key(0), (100,)), first)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# Torch's generators
+
+
+def test_torch_generators_run_from_the_key_and_come_back():
+    """Catches: a global generator that is moved on or left seeded, and a key that is left out."""
+
+    def draw(seed):
+        with random.torch_generators(random.key(seed), [torch.ones(1)]):
+            return torch.rand(5)
+
+    before = torch.get_rng_state()
+    first = draw(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(draw(1), first)
+    assert not torch.equal(draw(2), first)
+    with pytest.raises(ZeroDivisionError), random.torch_generators(random.key(1)):
+        raise ZeroDivisionError
+    torch.set_rng_state(before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_torch_generators_of_a_gpu_run_from_the_key_and_come_back():
+    """Catches: an accelerator's generator that is not forked."""
+
+    def draw():
+        with random.torch_generators(random.key(1), [torch.ones(1, device="cuda")]):
+            return torch.rand(5, device="cuda")
+
+    before = torch.cuda.get_rng_state()
+    first = draw()
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    torch.rand(3, device="cuda")
+    assert torch.equal(draw(), first)
+
+
+def test_torch_generators_leave_other_devices_alone(monkeypatch):
+    """Catches: torch.manual_seed, which seeds every accelerator, also those that are not put back."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with random.torch_generators(random.key(1), [torch.ones(1)]):
+        torch.rand(1)
+    assert seeded == []
+
+
+def test_the_seed_of_torch_is_no_part_of_the_keys_own_stream():
+    """Catches: a seed that gives away bits of the key, or of what is drawn with it."""
+    key = random.key(1)
+    with random.torch_generators(key):
+        seed = torch.initial_seed().to_bytes(8, "little", signed=torch.initial_seed() < 0)
+    streams = [bytes(key.tolist())]
+    streams += [bytes(other.tolist()) for other in (random.fold_in(key, 0), *random.split(key))]
+    streams += [random._keystream(key, purpose).update(bytes(64)) for purpose in (b"pegrad uniform", b"pegrad normal")]
+    assert all(seed not in stream for stream in streams)
 
 
 # Uniforms

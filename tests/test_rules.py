@@ -13,7 +13,7 @@ import pegrad
 from pegrad import models, random
 from pegrad.call import Call
 from pegrad.rules import gram
-from pegrad.rules.conv import norms
+from pegrad.rules.conv import kernels, norms
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.costs import Work
 from pegrad.rules.gram import gram_norm
@@ -68,14 +68,21 @@ def test_every_kernel_of_every_site_agrees_with_the_stacked_gradient():
             for rows in stacks.values():
                 torch.testing.assert_close(rows, first, rtol=1e-10, atol=1e-12)
             for kernel in site.norming(*shapes).values():
-                torch.testing.assert_close(kernel.run(x, g), first.flatten(1).square().sum(1), rtol=1e-10, atol=1e-12)
+                squares, terms = kernel.run(x, g)
+                torch.testing.assert_close(squares, first.flatten(1).square().sum(1), rtol=1e-10, atol=1e-12)
+                assert (squares <= terms * site.positions(*shapes) * (1 + 1e-9)).all()  # as Cauchy and Schwarz say
+            if site.bounded:
+                positions, amplitude = site.positions(*shapes), site.amplitude(x, g)
+                assert (first.flatten(1).norm(dim=1) <= amplitude).all()
+                assert (site.exact(x, g) - first).abs().max() <= 1e-12 * amplitude.max()
+                assert positions >= 1
             native = site.summing(*shapes)
             if native:
                 torch.testing.assert_close(native.run(x, g), first.sum(0), rtol=1e-10, atol=1e-12)
             seen.extend([site.operation, *stacks, *site.norming(*shapes)])
 
     expected = oracle.per_example_grads(everything, dict(sorted(PARAMS.items())), BATCH)
-    trace.backward(torch.ones(4, dtype=torch.float64), receive)
+    trace.backward(receive)
     assert {"conv2d", "conv_transpose2d", "group norm scale", "linear", "gram_box", "segments"} <= set(seen)
 
 
@@ -84,7 +91,8 @@ def test_blocked_and_unblocked_gram_kernels_agree(block, monkeypatch):
     """Catches: a last block cut short, an off-diagonal block counted once, a block without the kernel's reach."""
     x, g = r(3, 23, 4), r(3, 23, 5)
     exact = (g.mT @ x).flatten(1).square().sum(1)
-    torch.testing.assert_close(gram_norm(x, g, block), exact, rtol=1e-10, atol=0)
+    terms = (g.square().sum(2) * x.square().sum(2)).sum(1)
+    torch.testing.assert_close(gram_norm(x, g, block), (exact, terms), rtol=1e-10, atol=0)
     monkeypatch.setattr(norms, "BLOCK", block)
     monkeypatch.setattr(gram, "BLOCK", block)
     for stride, dilation, groups in [(1, 1, 1), (2, 1, 2), (1, 2, 2), (3, 2, 1)]:
@@ -92,8 +100,11 @@ def test_blocked_and_unblocked_gram_kernels_agree(block, monkeypatch):
         image = r(3, 4, 11, 9)
         out = r(3, 6, *geometry.output_size((11, 9)))
         exact = pegrad.KERNELS["loop"](image, out, geometry).flatten(1).square().sum(1)
+        windows = kernels.windows(image.unflatten(1, (groups, -1)).flatten(0, 1), geometry)
+        lengths = windows.square().sum((1, 4, 5)) * out.unflatten(1, (groups, -1)).flatten(0, 1).square().sum(1)
+        terms = lengths.reshape(3, -1).sum(1)
         for kernel in (norms.gram_box, norms.gram_unfolded):
-            torch.testing.assert_close(kernel(image, out, geometry), exact, rtol=1e-10, atol=0)
+            torch.testing.assert_close(kernel(image, out, geometry), (exact, terms), rtol=1e-10, atol=0)
 
 
 class Largest(TorchDispatchMode):
@@ -146,7 +157,7 @@ def test_stacked_gradients_are_never_held_where_they_would_be_large(strategy):
 
 def test_ghost_never_stacks_a_whole_batch(monkeypatch):
     """Catches: gradients that are stacked for the norms, and held as if the sum were to be taken from them."""
-    monkeypatch.setattr("pegrad.strategies.book.BLOCK", 1 << 14)
+    monkeypatch.setattr("pegrad.strategies.native.BLOCK", 1 << 14)
     params = {"conv": torch.randn(32, 32, 3, 3)}
 
     def loss(params, image):

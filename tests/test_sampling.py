@@ -37,6 +37,18 @@ def test_poisson_includes_at_the_sampling_rate(included):
         assert (0.01 < stats.chi2.sf(statistic, N) < 0.99) == accepted
 
 
+@pytest.mark.parametrize(("word", "drawn"), [(2**20 - 1, True), (2**20, False), (2**32, False)])
+def test_poisson_compares_all_53_bits(monkeypatch, word, drawn):
+    """Catches uniforms of 24 bits (float32), under which a rate below 2^-24 draws nothing and others are rounded."""
+
+    class Constant:
+        def update_into(self, zeros, buffer):
+            buffer[: len(zeros)] = word.to_bytes(8, "little") * (len(zeros) // 8)
+
+    monkeypatch.setattr(random, "_keystream", lambda key, purpose: Constant())
+    assert PoissonSampler(3, 2.0**-33, 3)(random.key(0), 0).mask.any() == drawn
+
+
 def test_poisson_batch_sizes_are_binomial(included):
     """Catches a fixed size and anything that couples the examples of a batch."""
     sizes = np.bincount(included.sum(1).astype(int), minlength=N + 1)
@@ -61,7 +73,7 @@ def test_poisson_empty_batches():
     sampler, trials = PoissonSampler(num_examples=20, sampling_rate=0.1), 3000
     empty = sum(not sampler(random.key(2), step).mask.any() for step in range(trials))
     assert stats.binomtest(empty, trials, 0.9**20).pvalue > 0.01
-    draw = PoissonSampler(num_examples=3, sampling_rate=1e-12)(random.key(0), 0)
+    draw = PoissonSampler(num_examples=3, sampling_rate=1e-12, max_batch_size=1)(random.key(0), 0)
     assert draw.indices.tolist() == [0]
     assert draw.mask.tolist() == [False]
 
@@ -134,8 +146,8 @@ def test_overflow_probability_is_the_binomial_tail(n, q):
 def test_default_maximum_is_the_least_that_is_safe(n, q):
     """Catches a bound that is loose or too low."""
     rows = PoissonSampler(n, q).rows
-    assert stats.binom.sf(rows, n, q) <= 1e-18
-    assert rows == 1 or stats.binom.sf(rows - 1, n, q) > 1e-18
+    assert stats.binom.sf(rows, n, q) <= stats.binom.sf(rows - 1, n - 1, q) <= 1e-24
+    assert rows == 1 or stats.binom.sf(rows - 2, n - 1, q) > 1e-24
 
 
 def test_expected_batch_size():

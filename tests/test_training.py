@@ -127,6 +127,26 @@ def test_a_plain_step_is_autograd_and_torch_adam():
     assert metrics.norms.shape == (0,)
 
 
+def test_a_plain_step_with_dropout_is_a_function_of_key_and_step():
+    """Catches: dropout drawn from torch's own state in the run without privacy."""
+    step = PlainSGD(lambda w, x: (w * F.dropout(x, 0.5)).sum(), make_plan(SETTINGS, None, DATA).step.optimizer)
+    params, batch = torch.zeros(40), torch.ones(2, 40)
+    state = step.init(params, random.key(1))
+    before = torch.get_rng_state()
+    first = step(params, state, batch).params
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert torch.equal(step(params, state, batch).params, first)
+    assert not torch.equal(step(params, state._replace(step=1), batch).params, first)
+
+
+def test_metrics_of_both_steps_have_a_mean_loss():
+    for privacy in (PRIVACY, None):
+        taken = next(steps(make_plan(SETTINGS, privacy, DATA), DATA, random.key(7)))
+        torch.testing.assert_close(taken.metrics.mean_loss, taken.metrics.losses.mean())
+        assert taken.metrics.mask.all()
+
+
 def test_mean_grad_gives_each_examples_loss():
     grads, losses = mean_grad(lambda w, x: (w * x).square())(torch.tensor(2.0), torch.tensor([1.0, 3.0]))
     assert grads == 20.0

@@ -1,10 +1,13 @@
 """Per-example gradients and differentially private SGD for pure PyTorch functions."""
 
-from pegrad import accounting, data, models, optim, random, sampling
+from pegrad import accounting, auditing, data, models, optim, random, sampling
+from pegrad.check import check
+from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step, add_noise, dp_sgd
 from pegrad.errors import (
     ArgumentError,
     BatchOverflowError,
+    CheckError,
     DataFileError,
     LeafError,
     LossError,
@@ -40,6 +43,8 @@ __all__ = [
     "Auto",
     "BatchOverflowError",
     "BookKeeping",
+    "CheckError",
+    "CheckReport",
     "Clipped",
     "ClippedGrad",
     "DataFileError",
@@ -47,6 +52,7 @@ __all__ = [
     "Ghost",
     "GroupedConv",
     "Kernel",
+    "LeafCheck",
     "LeafError",
     "LossError",
     "Metrics",
@@ -63,7 +69,9 @@ __all__ = [
     "Vmap",
     "accounting",
     "add_noise",
+    "auditing",
     "autotune",
+    "check",
     "clipped_grad",
     "data",
     "dp_sgd",

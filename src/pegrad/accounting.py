@@ -1,8 +1,12 @@
 """What a run of DP-SGD costs: epsilon for a delta, over dp-accounting.
 
 The event that is accounted comes from the sampler itself, so the batches that are drawn and the batches that are
-paid for are the same. Neighbouring data sets differ by the addition or removal of one example. There is no other
-choice, since dp-accounting 0.6.0 does not treat replacement alike in its two accountants.
+paid for are the same. Neighbouring data sets differ by the addition or removal of one example, and the sampler runs on
+both, with the number of examples of each. There is no other choice, since dp-accounting 0.6.0 does not treat
+replacement alike in its two accountants.
+
+An epsilon holds for those who see what the steps release. It does not hold for those who have the run's key or seed, or
+know which examples were drawn.
 
 dp-accounting is optional: `pip install "pegrad[accounting]"`. It is imported when a function here needs it.
 """
@@ -13,32 +17,51 @@ import functools
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from pegrad.accountants import pld_epsilon, rdp_epsilon
 from pegrad.errors import ArgumentError, MissingExtraError
-from pegrad.sampling import PoissonSampler, Sampler, ShuffledSampler
+from pegrad.sampling import OVERFLOW_PROBABILITY, PoissonSampler, Sampler, ShuffledSampler, binomial_tail
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
-# A run that raises on overflow counts as Poisson sampling up to this probability that it does.
-_NEGLIGIBLE = 1e-10
+# Less noise is none: its square is no normal number, and epsilon would be one only in name.
+_LEAST_NOISE = 1e-100
 
 # Calibration searches this range of noise multipliers, to this relative precision.
 _LEAST_SIGMA, _GREATEST_SIGMA = 2.0**-6, 2.0**20
 _SIGMA_PRECISION = 1e-4
 
 
-def dp_event(noise_multiplier: float, sampler: Sampler, steps: int) -> DpEvent:
-    """Describe a run of DP-SGD as an event of dp-accounting.
+class Event(NamedTuple):
+    """What a run releases, in dp-accounting's terms. Made by `dp_event`.
+
+    A data set has two kinds of neighbours, and what truncated batches cost depends on the size of the larger one of
+    two. So there are two events; both must be paid for, and for Poisson batches they are the same.
+    """
+
+    removal: DpEvent
+    """The run, against the same run on the data set without one of its examples."""
+    addition: DpEvent
+    """The run, against the same run on the data set with one example more."""
+    overflow: float = 0.0
+    """A bound on the probability that the run is not what the events describe, because a draw may not fit into the
+    batch; it adds to δ."""
+
+
+def dp_event(noise_multiplier: float, sampler: Sampler, steps: int) -> Event:
+    """Describe a run of DP-SGD as events of dp-accounting.
 
     Guarantee:
-        The event covers steps that each release a sum over the examples of the sampler's draw plus Gaussian noise
+        The events cover steps that each release a sum over the examples of the sampler's draw plus Gaussian noise
         of standard deviation σ times the sum's sensitivity to one example, and nothing else: neither the drawn
-        rows nor their number. A sampler that raises on overflow is accounted as exact Poisson sampling; what that
-        leaves out is stated by `PoissonSampler`, and refused unless negligible. Tests: `test_published_values`,
-        `test_the_event_follows_the_sampler`, `test_truncation_is_charged`.
+        rows nor their number. A sampler that raises on overflow is described as exact Poisson sampling, with a bound
+        on the probability that the whole run is not that, which `epsilon` charges. Tests: `test_published_values`,
+        `test_the_event_follows_the_sampler`, `test_truncation_is_charged_for_the_larger_neighbour`,
+        `test_overflow_is_charged_for_the_run_and_the_larger_neighbour`.
 
     Args:
         noise_multiplier: σ >= 0, the standard deviation of the noise over the sensitivity.
@@ -46,40 +69,78 @@ def dp_event(noise_multiplier: float, sampler: Sampler, steps: int) -> DpEvent:
         steps: how many steps, at least 0.
 
     Returns:
-        A `dp_accounting.DpEvent`. Runs in a row on one data set compose: `dp_accounting.ComposedDpEvent([...])`.
+        An `Event`. Runs in a row on one data set are composed by `compose`.
 
     Raises:
-        ArgumentError: an argument is out of range, the sampler shuffles, or it raises on overflow and the run would
-            overflow with a probability above 1e-10.
+        ArgumentError: an argument is out of range, or the sampler shuffles.
         MissingExtraError: dp-accounting is not installed.
     """
     if not 0 <= noise_multiplier < math.inf:
         raise ArgumentError(f"Expected finite noise_multiplier >= 0, got noise_multiplier={noise_multiplier}.")
     if not isinstance(steps, int) or steps < 0:
         raise ArgumentError(f"Expected steps to be an integer >= 0, got steps={steps!r}.")
-    poisson = _check_sampler(sampler, steps)
+    poisson = _check_sampler(sampler)
     dp = _dp_accounting()
     if steps == 0:
-        return dp.NoOpDpEvent()
-    if noise_multiplier == 0:
-        return dp.NonPrivateDpEvent()
-    return dp.SelfComposedDpEvent(_step_event(dp, noise_multiplier, poisson), steps)
+        return Event(dp.NoOpDpEvent(), dp.NoOpDpEvent())
+    if noise_multiplier < _LEAST_NOISE:
+        return Event(dp.NonPrivateDpEvent(), dp.NonPrivateDpEvent())
+    n, q = poisson.num_examples, poisson.sampling_rate
+    overflow = max(_overflow(poisson, others) for others in (n - 1, n))
+    if poisson.on_overflow == "truncate" and poisson.max_batch_size and overflow > OVERFLOW_PROBABILITY:
+        pairs = [dp.TruncatedSubsampledGaussianDpEvent(n + more, q, poisson.rows, noise_multiplier) for more in (0, 1)]
+        overflow = 0.0
+    else:
+        pairs = [_poisson(dp, q, noise_multiplier)] * 2
+    removal, addition = (dp.SelfComposedDpEvent(event, steps) for event in pairs)
+    return Event(removal, addition, min(1.0, steps * overflow))
 
 
-def epsilon(event: DpEvent, delta: float, accountant: Literal["pld", "rdp"] = "pld") -> float:
+def _overflow(sampler: PoissonSampler, others: int) -> float:
+    """Bound what overflow adds to the delta of one step, between data sets of `others` examples and one more, z.
+
+    Let S be the draw of the others, which is the same on both data sets. Where S leaves a row free, the batch is the
+    exact Poisson sample, with z or without, and the step is as private as Poisson sampling makes it, for every such S.
+    Where S fills all M rows or more, an error or a truncation may tell whether z is there, and delta is at most 1. How
+    many others are drawn depends neither on z nor on what earlier steps released, so by joint convexity the delta of a
+    run is at most that of the Poisson run plus the probability that S fills the batch in some step: T times
+    P[Binomial(others, q) >= M]. No exp(ε) enters, as it would if the overflow of each data set were charged by itself.
+    """
+    rows = replace(sampler, num_examples=others + 1).rows  # by default the larger data set has the larger batch
+    return binomial_tail(others, sampler.sampling_rate, rows - 1)
+
+
+def compose(*events: Event) -> Event:
+    """Describe several runs in a row on one data set as one.
+
+    >>> sampler = PoissonSampler(num_examples=1000, sampling_rate=0.04)
+    >>> warm_up, training = dp_event(2.0, sampler, steps=50), dp_event(1.5, sampler, steps=2250)
+    >>> epsilon(compose(warm_up, training), delta=1e-5) > epsilon(training, delta=1e-5)
+    True
+    """
+    dp = _dp_accounting()
+    removals, additions, overflows = zip(*events, strict=True)
+    return Event(
+        dp.ComposedDpEvent(list(removals)), dp.ComposedDpEvent(list(additions)), min(1.0, math.fsum(overflows))
+    )
+
+
+def epsilon(event: Event | DpEvent, delta: float, accountant: Literal["pld", "rdp"] = "pld") -> float:
     """Compute the epsilon of an event at a delta, for adding or removing one example.
 
     Args:
-        event: what `dp_event` returned, or any event that the accountant supports.
+        event: what `dp_event` or `compose` returned, or any event of dp-accounting that the accountant supports.
         delta: δ in (0, 1).
-        accountant: "pld" composes privacy loss distributions, discretised so that rounding never lowers epsilon:
-            tight. "rdp" composes Rényi divergences: a looser bound.
+        accountant: "pld" composes privacy loss distributions, discretised so that rounding never lowers epsilon, and
+            Rényi divergences too, and takes the smaller of the two bounds. "rdp" composes Rényi divergences alone: a
+            looser bound.
 
     Returns:
         ε >= 0; `math.inf` for a run without noise.
 
     Raises:
-        ArgumentError: `delta` is out of range, or the accountant is unknown or does not support the event.
+        ArgumentError: `delta` is out of range, the accountant is unknown or does not support the event, or batches
+            overflow with a probability that is not below `delta`.
         MissingExtraError: dp-accounting is not installed.
 
     Source:
@@ -97,8 +158,17 @@ def epsilon(event: DpEvent, delta: float, accountant: Literal["pld", "rdp"] = "p
     if accountant not in ("pld", "rdp"):
         raise ArgumentError(f"Expected accountant 'pld' or 'rdp', got accountant={accountant!r}.")
     dp = _dp_accounting()
+    removal, addition, overflow = event if isinstance(event, Event) else Event(event, event)
+    if overflow >= delta:
+        raise ArgumentError(
+            f"The batches of this run are not the Poisson samples that are accounted with probability up to "
+            f"{overflow:.1e}, since a draw may overflow, and that is not below delta={delta:g}. Leave max_batch_size "
+            "at its default, raise it, or set on_overflow='truncate'."
+        )
+    bound = pld_epsilon if accountant == "pld" else rdp_epsilon
+    pairs = [removal] if removal == addition else [removal, addition]
     try:
-        return _pld_epsilon(dp, event, delta) if accountant == "pld" else _rdp_epsilon(dp, event, delta)
+        return max(bound(dp, pair, delta - overflow) for pair in pairs)
     except dp.UnsupportedEventError:
         raise ArgumentError(
             f"Accountant {accountant!r} does not support {event}. Truncated batches need 'pld'."
@@ -168,7 +238,7 @@ def _least_root(excess: Callable[[float], float]) -> float:
     return sigma
 
 
-def _check_sampler(sampler: Sampler, steps: int) -> PoissonSampler:
+def _check_sampler(sampler: Sampler) -> PoissonSampler:
     """Refuse a sampler whose draws are not what any supported event describes."""
     if isinstance(sampler, ShuffledSampler):
         raise ArgumentError(
@@ -177,43 +247,12 @@ def _check_sampler(sampler: Sampler, steps: int) -> PoissonSampler:
         )
     if not isinstance(sampler, PoissonSampler):
         raise ArgumentError(f"Expected sampler to be a PoissonSampler, got {type(sampler).__name__}.")
-    overflow = steps * sampler.overflow_probability
-    if sampler.on_overflow == "error" and overflow > _NEGLIGIBLE:
-        raise ArgumentError(
-            f"With max_batch_size={sampler.rows}, {steps} steps may overflow with probability up to {overflow:.1e}, "
-            "and a run that can fail is not exact Poisson sampling. Leave max_batch_size at its default, or "
-            "set on_overflow='truncate'."
-        )
     return sampler
 
 
-def _step_event(dp: ModuleType, noise_multiplier: float, sampler: PoissonSampler) -> DpEvent:
-    n, q = sampler.num_examples, sampler.sampling_rate
-    if sampler.on_overflow == "truncate" and sampler.rows < n:
-        return dp.TruncatedSubsampledGaussianDpEvent(n, q, sampler.rows, noise_multiplier)
-    if q == 1:
-        return dp.GaussianDpEvent(noise_multiplier)
-    return dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(noise_multiplier))
-
-
-def _pld_epsilon(dp: ModuleType, event: DpEvent, delta: float) -> float:
-    """Epsilon by privacy loss distributions, their losses rounded up to multiples of an interval.
-
-    The interval is refined until it is small beside epsilon. A fixed one would take minutes for a large epsilon and
-    overstate a small one many times: rounding adds up over steps, and each step loses little.
-    """
-    interval = 1.0
-    while True:
-        accountant = dp.pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
-        bound = float(accountant.compose(event).get_epsilon(delta))
-        if bound == 0 or interval <= max(1e-4 * bound, 1e-5):
-            return bound
-        interval = max(5e-5 * bound, 1e-5)
-
-
-def _rdp_epsilon(dp: ModuleType, event: DpEvent, delta: float) -> float:
-    accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    return float(accountant.compose(event).get_epsilon(delta))
+def _poisson(dp: ModuleType, sampling_rate: float, noise_multiplier: float) -> DpEvent:
+    gaussian = dp.GaussianDpEvent(noise_multiplier)
+    return gaussian if sampling_rate == 1 else dp.PoissonSampledDpEvent(sampling_rate, gaussian)
 
 
 def _dp_accounting() -> ModuleType:

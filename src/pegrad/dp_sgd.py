@@ -11,13 +11,20 @@ from torch import Tensor
 from pegrad import random, trees
 from pegrad.clipping import check_positive
 from pegrad.errors import ArgumentError
+from pegrad.numerics import accumulator
 from pegrad.per_example import ClippedGrad, Loss, clipped_grad
 from pegrad.strategies import Strategy
+from pegrad.tracing.eager import eager
 from pegrad.trees import PyTree
 
 
 class State(NamedTuple):
-    """What a training run is, beside its parameters: plain tensors and numbers."""
+    """What a training run is, beside its parameters: tensors and numbers.
+
+    It holds the run's key, so it must stay secret: whoever has it can make the noise of every step again and subtract
+    it. Publish the parameters, never the state. `torch.load` takes a saved state under its default settings, once
+    `pegrad` is imported; an optimizer that is not of `pegrad.optim` may need `torch.serialization.add_safe_globals`.
+    """
 
     key: Tensor
     """The run's key; every step folds its counter in, so the key itself never changes."""
@@ -25,6 +32,9 @@ class State(NamedTuple):
     """Steps taken."""
     optimizer: Any
     """The optimizer's own state."""
+
+    def __repr__(self) -> str:
+        return f"State(key=key(…), step={self.step}, optimizer={self.optimizer})"
 
 
 class Metrics(NamedTuple):
@@ -35,9 +45,16 @@ class Metrics(NamedTuple):
     norms: Tensor
     """`(B,)`, before clipping; 0 for padding."""
     aux: PyTree
-    """What the loss returned beside the scalar."""
+    """What the loss returned beside the scalar, each leaf with a leading axis `B`; 0 for padding."""
     non_finite: Tensor
     """Examples that contributed zero because their gradient was not finite, int64 scalar."""
+    mask: Tensor
+    """`(B,)`, boolean: False for padding."""
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """The mean loss of the examples, padding left out: a scalar, NaN where there is no example."""
+        return self.losses.sum() / self.mask.sum()
 
 
 class Step(NamedTuple):
@@ -48,21 +65,29 @@ class Step(NamedTuple):
     metrics: Metrics
 
 
-def add_noise(key: Tensor, grads: PyTree, std: float) -> PyTree:
+torch.serialization.add_safe_globals([State, Metrics, Step])  # for torch.load's default, weights_only=True
+
+
+def add_noise(key: Tensor, grads: PyTree, std: float, *, step: int) -> PyTree:
     """Add independent normal noise to every number of a pytree.
 
+    The noise is a function of the key and the step: one key serves a whole loop, as long as every step has a number of
+    its own. The same key and step for two different `grads` give both the same noise, and their difference none.
+
     Args:
-        key: a key that is used for nothing else; see `pegrad.random`.
+        key: a key that is used for nothing else, kept secret; see `pegrad.random`.
         grads: pytree of floating-point tensors.
         std: standard deviation, >= 0: noise multiplier times sensitivity.
+        step: the number of the step, at least 0; never the same twice under one key.
 
     Returns:
         A pytree like `grads`; its very leaves for `std` 0.
 
     Raises:
-        ArgumentError: `std` is negative or not finite.
+        ArgumentError: `std` is negative or not finite, `key` is not a key, or `step` is negative or not an integer.
+        LeafError: a leaf of `grads` is not a floating-point tensor.
 
-    Guarantee: no two numbers of the pytree, and no two keys, share a value of the keystream. Bound to
+    Guarantee: no two numbers of the pytree, no two steps and no two keys share a value of the keystream. Bound to
     `test_noise_follows_the_stated_law` and `test_no_value_is_shared_by_leaves_steps_or_keys`.
 
     Source: Abadi et al. 2016, Algorithm 1 (add noise).
@@ -70,7 +95,7 @@ def add_noise(key: Tensor, grads: PyTree, std: float) -> PyTree:
     if not 0 <= std < float("inf"):
         raise ArgumentError(f"Expected std to be a finite number >= 0, got std={std}")
     leaves, spec = trees.flatten(grads)
-    _add_noise(random.each_normal(key, grads), leaves, std)
+    _add_noise(random.each_normal(random.fold_in(key, step), grads), leaves, std)
     return trees.unflatten(spec, leaves)
 
 
@@ -147,6 +172,14 @@ class DPSGD:
     to `test_step_adds_noise_of_the_stated_law`. What that amounts to over a run depends on how batches are drawn:
     see `pegrad.accounting`.
 
+    It holds for one batch a state, and for whoever does not have the state. The noise is a function of the state's key
+    and step alone, so one state used on two different batches adds the same noise to both, and the difference of what
+    comes out is the difference of the clipped sums, without any noise. Never step twice from one state, except to
+    repeat the very same step. Two runs on one data set need two keys.
+
+    Random numbers that the loss draws from torch's generators, for dropout, come from the state's key and step as
+    well; the generators themselves are left as they were.
+
     Source: Abadi et al. 2016, Algorithm 1.
     """
 
@@ -160,7 +193,7 @@ class DPSGD:
 
         Args:
             params: pytree of floating-point tensors.
-            key: the run's key, of `pegrad.random.key`. Two runs on one data set need two keys.
+            key: the run's key, of `pegrad.random.key`, kept secret. Two runs on one data set need two keys.
 
         Raises:
             ArgumentError: `key` is no key.
@@ -170,12 +203,13 @@ class DPSGD:
         trees.flatten_params(params)
         return State(key, 0, self.init_optimizer(params))
 
+    @eager
     def __call__(self, params: PyTree, state: State, batch: PyTree, mask: Tensor | None = None) -> Step:
         """Take one step: same arguments, same result, bit for bit; no argument is changed.
 
         Args:
             params: pytree of floating-point tensors.
-            state: what `init` or the step before returned.
+            state: what `init` or the step before returned; never for two different batches.
             batch: pytree of tensors with one leading axis `B >= 0`.
             mask: `(B,)`, boolean; False marks padding. None: every row is an example.
 
@@ -185,18 +219,26 @@ class DPSGD:
         Raises:
             LeafError, LossError: as `pegrad.per_example_grad`.
         """
+        key = random.fold_in(state.key, state.step)
         with torch.no_grad():
             params = trees.map(Tensor.detach, params)
-            grads, *seen = self.clipped_grad(params, batch, mask)
-            noise = random.each_normal(random.fold_in(state.key, state.step), grads)
+            with random.torch_generators(key, (params, batch)):
+                grads, losses, norms, aux, non_finite = self.clipped_grad(params, batch, mask)
+            mask = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask.to(losses.device)
+            metrics = Metrics(losses, norms, aux, non_finite, mask)
+            noise = random.each_normal(key, grads)
             leaves, spec = trees.flatten(grads)
             del grads  # lets each leaf go as its noisy one comes
             _add_noise(noise, leaves, self.noise_multiplier * self.clipped_grad.sensitivity)
+            for index, param in enumerate(
+                trees.leaves(params)
+            ):  # the sum over a large batch is a float64: see numerics
+                leaves[index] = leaves[index].to(accumulator(param.dtype))
             noisy = [trees.unflatten(spec, leaves)]
             del leaves
-            updates, optimizer = self.update(noisy.pop(), state.optimizer, params)  # moved: gone when it is done with
+            updates, optimizer = self.update(noisy.pop(), state.optimizer, params)  # popped, so that it can be freed
             params = trees.map(lambda p, u: p + u.to(p.dtype), params, updates)
-        return Step(params, State(state.key, state.step + 1, optimizer), Metrics(*seen))
+        return Step(params, State(state.key, state.step + 1, optimizer), metrics)
 
 
 def _pure_update(optimizer: Any) -> Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]:

@@ -17,8 +17,8 @@ class LossError(PegradError, TypeError):
     """The loss is not a scalar function of one example, or couples the examples of a batch."""
 
 
-class StrategyError(PegradError, RuntimeError):
-    """A strategy cannot run a loss that is right by itself; the message says why, and which strategy can."""
+class StrategyError(LossError, RuntimeError):
+    """A strategy cannot run a loss that plain autograd can; the message says why, and which strategy can."""
 
 
 class MissingExtraError(PegradError, ImportError):
@@ -31,3 +31,15 @@ class DataFileError(PegradError, ValueError):
 
 class BatchOverflowError(PegradError, RuntimeError):
     """A random batch drew more examples than its stated maximum."""
+
+
+class CheckError(PegradError, RuntimeError):
+    """`pegrad.check` found a strategy that differs from the plain loop, or nothing that it could compare.
+
+    Attributes:
+        report: the `CheckReport`, or None where nothing could be compared.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report

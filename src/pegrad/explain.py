@@ -1,9 +1,11 @@
 """Say, use by use, how a loss's per-example gradients will be found; and measure instead of estimating."""
 
-import html
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,14 +13,18 @@ from torch import Tensor
 from pegrad import trees
 from pegrad.call import Call, check_size
 from pegrad.errors import ArgumentError
+from pegrad.numerics import accumulator, widen
 from pegrad.per_example import Loss
 from pegrad.rules.site import Kernel, Site
 from pegrad.strategies import BookKeeping, Strategy, resolve
 from pegrad.strategies.auto import Auto
-from pegrad.strategies.book import Roots
-from pegrad.strategies.choice import Candidate, candidates, timing_key
-from pegrad.strategies.failures import explained
+from pegrad.strategies.base import Leaves, Problem
+from pegrad.strategies.book import Roots, Way
+from pegrad.strategies.choice import Candidate, candidates, stack_name, timing_key
+from pegrad.strategies.failures import attributed
 from pegrad.strategies.traced import Traced
+from pegrad.tables import as_html, as_text
+from pegrad.tracing.eager import eager
 from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
 
@@ -35,11 +41,12 @@ class Use:
     g: tuple[int, ...]
     """Shape of the gradient at the operation's output, physical."""
     norm: str
-    """The kernel that finds the norms."""
+    """The kernel that finds the norms; `copies` where each example has a copy, whose gradient is the stacked one."""
     sum: str
-    """How the weighted sum is found."""
+    """How the weighted sum is found: `native`, in one product; `contract`, of stacked gradients that were kept; or
+    `stack`, of gradients that are stacked once more in a second backward pass."""
     numbers: int
-    """How many numbers are kept for it."""
+    """How many numbers are kept for the sum. Uses that share a leaf keep its stacked gradient once, together."""
     why: str
     """Why there was no choice; empty where the cheapest candidate was chosen."""
     candidates: tuple[Candidate, ...]
@@ -55,22 +62,25 @@ class Explanation:
     """Paths of the leaves that the loss does not use, whose gradient is zero."""
 
     def __str__(self) -> str:
-        """Return the table as text."""
-        table = [_HEADER, *(_cells(use) for use in self.uses)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *(f"{path}  not used" for path in self.unused)])
+        """Return the table as text, at most 120 columns wide; equal uses are one row, and counted."""
+        return "\n".join([*as_text(self._table(), 120), *(f"{path}  not used" for path in self.unused)])
 
     def _repr_html_(self) -> str:
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        unused = [(path, "not used", *[""] * (len(_HEADER) - 2)) for path in self.unused]
+        return as_html([*self._table(), *unused])
 
-        unused = "".join(row((path, "not used", *[""] * (len(_HEADER) - 2)), "td") for path in self.unused)
-        return f"<table>{row(_HEADER, 'th')}{''.join(row(_cells(use), 'td') for use in self.uses)}{unused}</table>"
+    def _table(self) -> list[tuple[str, ...]]:
+        rows = Counter(_cells(use) for use in self.uses)
+        counted = [
+            (leaves, operation + (f" ({count} times)" if count > 1 else ""), *rest)
+            for (leaves, operation, *rest), count in rows.items()
+        ]
+        return [_HEADER, *counted]
 
 
+@eager
 def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strategy = "auto") -> Explanation:
-    """Run a loss once, forward only, and say how a strategy will find norms and clipped sum, use by use.
+    """Say how a strategy finds norms and clipped sum, use by use, by running the loss forward and backward once.
 
     Args:
         loss: as for `pegrad.per_example_grad`.
@@ -88,38 +98,90 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
     """
     chosen = _traced(strategy)
     problem = Call.of(loss, params, batch, None).problem
-    with explained(chosen, problem):
-        trace = chosen.trace(problem)
-    roots = Roots.of(trace)
-    paths = trees.paths(params)
+    with attributed(chosen, problem):
+        trace, book = chosen.run(problem, partial(_Uses, chosen=chosen, problem=problem, paths=trees.paths(params)))
+    used = {leaf for source in book.sources for leaf in book.roots.lineages[id(source)].leaves}
+    unused = tuple(book.name({leaf}) for leaf in range(len(trace.params)) if leaf not in used)
+    return Explanation((*book.of_sites(), *book.of_copies()), unused)
 
-    def name(leaves: frozenset[int]) -> str:
-        return ", ".join(f"params{paths[leaf]}" for leaf in sorted(leaves))
 
-    uses = []
-    for site, tapped in _sites(trace):
-        line = roots.lineages[id(site.source)]
-        options = tuple(candidates(site, tapped.x, tapped.y, chosen.timings))
-        if roots.alone(site.source):
-            best, why = chosen.choose(site, tapped), ""
+class _Uses:
+    """A book that enters nothing, and notes what `Norms` would do."""
+
+    def __init__(self, trace: Trace, chosen: Traced, problem: Problem, paths: list[str]) -> None:
+        self.roots = Roots.of(trace)
+        self.sources: list[Tensor] = [copies.source for copies in trace.copies]
+        self._trace = trace
+        self._chosen = chosen
+        self._problem = problem
+        self._paths = paths
+        self._found: dict[int, Use] = {}
+
+    def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
+        """See `Book.receive`."""
+        sum_dtype = accumulator(widen(g).dtype, self._problem.sum_rows)
+        for site in tapped.sites:
+            self.sources.append(site.source)
+            self._found[id(site)] = self._use(site, tapped, self.roots.way(site, sum_dtype))
+
+    def receive_copies(self, grads: Leaves) -> None:
+        """See `Book.receive_copies`."""
+
+    def of_sites(self) -> list[Use]:
+        """Return the uses that the loss depends on, in the order in which the loss made them."""
+        return [self._found[id(site)] for site, _ in _sites(self._trace) if id(site) in self._found]
+
+    def of_copies(self) -> list[Use]:
+        """Return the uses for which each example has a copy."""
+        return [
+            Use(
+                self.name(self.roots.lineages[id(copies.source)].leaves),
+                copies.operation or "(in a rule)",
+                (),
+                tuple(copies.rows.shape),
+                "copies",
+                "contract" if self._chosen.keeps else "stack",
+                copies.rows.numel() if self._chosen.keeps else 0,
+                _why_copied(copies.operation),
+                (),
+            )
+            for copies in self._trace.copies
+        ]
+
+    def name(self, leaves: Collection[int]) -> str:
+        """Return the leaves' paths."""
+        return ", ".join(f"params{self._paths[leaf]}" for leaf in sorted(leaves))
+
+    def _use(self, site: Site, tapped: Tapped, way: Way) -> Use:
+        keeps, shapes = self._chosen.keeps, (tapped.x, tapped.y)
+        norm, native, why = stack_name(site, *shapes, site.source.device.type), way == "made", ""
+        if way == "alone":
+            choice = (self._chosen.choose if keeps else self._chosen.choose_norm)(site, tapped)
+            norm, native = choice.norm, not choice.keeps
+        elif self.roots.sole(site.source):
+            why = "made of parameters"
         else:
-            best = min((c for c in options if c.stacks), key=lambda c: (c.norm_time, not c.keeps))
-            why = "shares a leaf with other uses" if line.isometric else "made of parameters, not one itself"
-        how = "contract" if best.keeps else "native"
-        uses.append(
-            Use(name(line.leaves), site.operation, tapped.x, tapped.y, best.norm, how, best.numbers, why, options)
+            why = "shares a leaf"
+        kept = prod(tapped.x) + prod(tapped.y) if native else self._problem.batch_size * site.source.numel()
+        return Use(
+            self.name(self.roots.lineages[id(site.source)].leaves),
+            site.operation,
+            *shapes,
+            norm,
+            "native" if native else "contract" if keeps else "stack",
+            kept if keeps else 0,
+            why,
+            tuple(candidates(site, *shapes, self._chosen.timings)),
         )
-    for copies in trace.copies:
-        leaves = roots.lineages[id(copies.source)].leaves
-        why = f"no rule for {copies.operation}"
-        size = copies.rows.numel()
-        uses.append(
-            Use(name(leaves), copies.operation, (), tuple(copies.rows.shape), "copies", "contract", size, why, ())
-        )
-    unused = tuple(f"params{paths[leaf]}" for leaf, count in enumerate(roots.uses) if count == 0)
-    return Explanation(tuple(uses), unused)
 
 
+def _why_copied(operation: str) -> str:
+    if operation == "(all)":
+        return "out of the trace's sight"
+    return f"no rule for {operation}" if operation else "copied by a rule"
+
+
+@eager
 def autotune(
     loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strategy = "auto", repeats: int = 3
 ) -> Strategy:
@@ -143,7 +205,7 @@ def autotune(
     chosen = _traced(strategy)
     check_size("repeats", repeats)
     problem = Call.of(loss, params, batch, None).problem
-    with explained(chosen, problem):
+    with attributed(chosen, problem):
         trace = chosen.trace(problem)
     timings: dict[str, float] = {}
     for site, tapped in _sites(trace):
@@ -161,23 +223,31 @@ def autotune(
     return replace(chosen, timings=timings)
 
 
-_HEADER = ("leaf", "operation", "input", "output", "norm", "sum", "kept", "estimate", "why, or the other ways")
+_HEADER = ("leaf", "operation", "input", "output", "norm", "sum", "kept", "estimate", "why, or the next best")
 
 
 def _cells(use: Use) -> tuple[str, ...]:
     shapes = ("×".join(map(str, shape)) for shape in (use.x, use.g))
-    chosen = [c for c in use.candidates if c.norm == use.norm and c.keeps == (use.sum == "contract")]
-    others = "; ".join(f"{c.name} {c.time / 1e6:.2g} ms" for c in use.candidates if c not in chosen)
+    chosen = [c for c in use.candidates if c.norm == use.norm and c.keeps == (use.sum != "native")]
+    others = [c for c in use.candidates if c not in chosen]
     return (
         use.leaves,
         use.operation,
         *shapes,
         use.norm,
         use.sum,
-        f"{use.numbers / 1e6:.2g} M",
+        _number(use.numbers),
         f"{chosen[0].time / 1e6:.2g} ms" if chosen else "",
-        use.why or others,
+        use.why or (f"{others[0].name} {others[0].time / 1e6:.2g} ms" if others else ""),
     )
+
+
+def _number(count: int) -> str:
+    """Write a number in three digits: 64, 1.5 k, 12 M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
 
 
 def _sites(trace: Trace) -> Iterator[tuple[Site, Tapped]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +9,12 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.call import Call, check_size
-from pegrad.clipping import check_positive, clip_weights
+from pegrad.clipping import Flat
+from pegrad.numerics import accumulator
 from pegrad.strategies import Strategy, resolve
 from pegrad.strategies.base import Leaves
-from pegrad.strategies.failures import explained
+from pegrad.strategies.failures import attributed
+from pegrad.tracing.eager import eager
 from pegrad.trees import PyTree
 
 Loss = Callable[[Any, Any], Any]
@@ -104,10 +105,11 @@ def per_example_value_and_grad(
     chosen = resolve(strategy)
     check_size("chunk_size", chunk_size)
 
+    @eager
     def values_and_grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PerExample:
         call = Call.of(loss, params, batch, mask)
-        with explained(chosen, call.problem):
-            answers = [chosen.stacked(chunk.problem) for chunk in call.chunks(chunk_size)]
+        with attributed(chosen, call.problem):
+            answers = [chosen.stacked(chunk) for chunk in call.chunks(chunk_size)]
         grads, values = zip(*answers, strict=True)
         leaves = [call.rows(parts) for parts in zip(*grads, strict=True)]
         return PerExample(trees.unflatten(call.params, leaves), call.losses(values), call.aux(values))
@@ -135,11 +137,12 @@ def per_example_norm(
     chosen = resolve(strategy)
     check_size("chunk_size", chunk_size)
 
+    @eager
     def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
         call = Call.of(loss, params, batch, mask)
-        with explained(chosen, call.problem):
-            squares = [chosen.squared_norms(chunk.problem)[0] for chunk in call.chunks(chunk_size)]
-        return call.rows(squares).clamp(min=0).sqrt()
+        with attributed(chosen, call.problem):
+            squares = [chosen.squared_norms(chunk)[0] for chunk in call.chunks(chunk_size)]
+        return _norms(call, squares)
 
     return norms
 
@@ -174,10 +177,9 @@ def clipped_grad(
 
     Source: Abadi et al. 2016, Algorithm 1.
     """
-    check_positive("clip_norm", clip_norm)
-    check_positive("normalize_by", normalize_by)
+    clipping = Flat(clip_norm, normalize_by)
     check_size("microbatch_size", microbatch_size)
-    return ClippedGrad(loss, clip_norm, resolve(strategy), microbatch_size, normalize_by)
+    return ClippedGrad(loss, clipping, resolve(strategy), microbatch_size)
 
 
 @dataclass(frozen=True)
@@ -191,16 +193,16 @@ class ClippedGrad:
     """
 
     loss: Loss
-    clip_norm: float
+    clipping: Flat
     strategy: Strategy
     microbatch_size: int | None
-    normalize_by: float
 
     @property
     def sensitivity(self) -> float:
         """How far one example, added or removed, can move the value: `clip_norm / normalize_by`."""
-        return self.clip_norm / self.normalize_by
+        return self.clipping.bound
 
+    @eager
     def __call__(self, params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Clipped:
         """Evaluate the sum.
 
@@ -217,23 +219,46 @@ class ClippedGrad:
             LossError: the loss is no scalar function of one example.
         """
         call = Call.of(self.loss, params, batch, mask)
-        sums: Leaves = []
+        sums = _Accumulator(call)
         squares, values = [], []
         for chunk in call.chunks(self.microbatch_size):
-            with explained(self.strategy, chunk.problem):
-                parts, norms, value = self.strategy.weighted_sum(chunk.problem, partial(self._weigh, mask=chunk.mask))
-            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+            with attributed(self.strategy, chunk):
+                parts, norms, value = self.strategy.weighted_sum(chunk, self.clipping)
+            sums.add(parts)
             squares.append(norms)
             values.append(value)
         non_finite = call.rows([~torch.isfinite(norms) for norms in squares]).sum()
         return Clipped(
-            trees.unflatten(call.params, sums),
+            trees.unflatten(call.params, sums.total()),
             call.losses(values),
-            call.rows(squares).clamp(min=0).sqrt(),
+            _norms(call, squares),
             call.aux(values),
             non_finite,
         )
 
-    def _weigh(self, squares: Tensor, mask: Tensor | None) -> Tensor:
-        """Clip and normalise in one: dividing the sum itself would take a second copy of it."""
-        return clip_weights(squares, self.clip_norm, mask) / self.normalize_by
+
+class _Accumulator:
+    """Adds up the sums of micro-batches: of many of them in float64, for one after another would round."""
+
+    def __init__(self, call: Call) -> None:
+        self._dtypes = [call.problem.sum_dtype(leaf) for leaf in call.problem.params]
+        self._sums: Leaves = []
+        self._added = 0
+
+    def add(self, parts: Leaves) -> None:
+        """Add one micro-batch's sums."""
+        self._added += 1
+        if self._added == _FEW:
+            self._sums = [leaf.double() for leaf in self._sums]
+        self._sums = [a.add_(b) for a, b in zip(self._sums, parts, strict=True)] if self._sums else parts
+
+    def total(self) -> Leaves:
+        """Return the whole sums, in the dtype of a sum of so many rows."""
+        return [leaf.to(dtype) for leaf, dtype in zip(self._sums, self._dtypes, strict=True)]
+
+
+_FEW = 8
+
+
+def _norms(call: Call, squares: list[Tensor]) -> Tensor:
+    return call.rows(squares).clamp(min=0).sqrt().to(accumulator(call.problem.params[0].dtype))

@@ -1,9 +1,13 @@
 """Stateless random numbers for privacy: 256-bit keys, a cipher's keystream, Box–Muller normals.
 
-A key is a `torch.uint8` tensor of shape (32,), so a training state that carries one is plain tensors. A key
-is for one use: derive a fresh one for each with `fold_in` or `split`. Derivation is BLAKE2b keyed with the
-parent and personalised by purpose, so no two purposes ever meet in one derived key. Numbers come from the
-keystream of AES-256 in counter mode under a derived key; torch does the arithmetic.
+A key (`pegrad.keys`) is a `torch.uint8` tensor of shape (32,) that prints as `key(…)`, so a training state that carries
+one is tensors and numbers. A key is for one use: derive a fresh one for each with `fold_in` or `split`. Derivation is
+BLAKE2b keyed with the parent and personalised by purpose, so no two purposes ever meet in one derived key. Numbers come
+from the keystream of AES-256 in counter mode under a derived key; torch does the arithmetic.
+
+What must stay secret, for as long as what was made with it is to stay private: every key, the seed that a key was made
+from, and whatever a key is derived from. Whoever has the key of a run can make its noise again and subtract it. A key
+lies in the state of a run, so a checkpoint that is published must be one without the state.
 
 On an accelerator: the keystream is always made on the CPU, by the same cipher, and copied block by block to
 the device, where the arithmetic runs. The bits are the same on every device; the floating-point results may
@@ -14,11 +18,9 @@ added to (Mironov, "On significance of the least significant bits for differenti
 time that a call takes is not hidden; keys lie in ordinary memory and are not wiped.
 """
 
-import hashlib
 import math
-import operator
-import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +30,21 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.errors import ArgumentError, LeafError
+from pegrad.keys import Key, check_key, derive, fold_in, key, key_bytes, natural, split
 
-KEY_BYTES = 32
+__all__ = [
+    "Key",
+    "check_key",
+    "each_normal",
+    "fold_in",
+    "key",
+    "normal",
+    "permutation",
+    "split",
+    "torch_generators",
+    "tree_normal",
+    "uniform",
+]
 
 # Normals are made in blocks: working memory stays at a few megabytes, in cache, however large the request.
 # Part of what a key means: another value gives other numbers.
@@ -52,81 +67,6 @@ _PRECISION = {
     torch.bfloat16: _SINGLE,
     torch.float16: _SINGLE,
 }
-
-
-def key(seed: int | None = None) -> Tensor:
-    """Make a key from a seed, or from the operating system's entropy.
-
-    Args:
-        seed: a non-negative integer of any size, hashed to 256 bits. A seed is for repeating an experiment:
-            whoever can guess it can subtract the noise. None takes 256 bits from the operating system.
-
-    Returns:
-        The key, `uint8` of shape (32,), on the CPU.
-
-    Raises:
-        ArgumentError: the seed is negative or not an integer.
-
-    Example:
-        >>> bool((key(0) == key(0)).all()), bool((key(0) == key(1)).all())
-        (True, False)
-    """
-    if seed is None:
-        return _as_key(secrets.token_bytes(KEY_BYTES))
-    return _as_key(_hash(b"", b"pegrad seed", _natural("seed", seed)))
-
-
-def check_key(key: Tensor) -> None:
-    """Refuse what is not a key.
-
-    Raises:
-        ArgumentError: `key` is not a `uint8` tensor of shape (32,).
-    """
-    if not isinstance(key, Tensor):
-        raise ArgumentError(f"Expected a key, got {type(key).__name__}; pegrad.random.key makes one.")
-    if key.dtype != torch.uint8 or key.shape != (KEY_BYTES,):
-        raise ArgumentError(
-            f"Expected a key, torch.uint8 of shape ({KEY_BYTES},), got {key.dtype} of shape "
-            f"{tuple(key.shape)}; pegrad.random.key makes one."
-        )
-
-
-def fold_in(key: Tensor, data: int) -> Tensor:
-    """Derive the key that belongs to a number: a step, an epoch, the index of a leaf.
-
-    Args:
-        key: the parent key, `uint8` of shape (32,).
-        data: a non-negative integer of any size; different numbers give independent keys.
-
-    Returns:
-        The derived key, `uint8` of shape (32,), on the CPU.
-
-    Raises:
-        ArgumentError: `key` is not a key, or `data` is negative or not an integer.
-    """
-    return _as_key(_hash(_key_bytes(key), b"pegrad fold_in", _natural("data", data)))
-
-
-def split(key: Tensor, num: int = 2) -> tuple[Tensor, ...]:
-    """Derive several independent keys, none of them reachable by `fold_in`.
-
-    Args:
-        key: the parent key, `uint8` of shape (32,).
-        num: how many keys, at least 1.
-
-    Returns:
-        `num` keys, each `uint8` of shape (32,), on the CPU.
-
-    Raises:
-        ArgumentError: `key` is not a key, or `num` is not a positive integer.
-
-    Example:
-        >>> noise_key, sample_key = split(key(0))
-    """
-    if _natural("num", num) < 1:
-        raise ArgumentError(f"Expected num >= 1 keys to split into, got num={num}.")
-    parent = _key_bytes(key)
-    return tuple(_as_key(_hash(parent, b"pegrad split", index)) for index in range(operator.index(num)))
 
 
 def uniform(
@@ -258,8 +198,34 @@ def permutation(key: Tensor, n: int) -> Tensor:
     Raises:
         ArgumentError: `key` is not a key, or `n` is negative or not an integer.
     """
-    words = _words(_keystream(key, b"pegrad permute"), _natural("n", n), torch.int64, torch.device("cpu"))
+    words = _words(_keystream(key, b"pegrad permute"), natural("n", n), torch.int64, torch.device("cpu"))
     return torch.argsort(words, stable=True)
+
+
+@contextmanager
+def torch_generators(key: Tensor, tree: trees.PyTree = None) -> Iterator[None]:
+    """Run torch's own random functions (dropout, say) from a key, and leave torch's generators as they were.
+
+    Torch's generators are fast and not made for privacy: never draw noise from them. Their seed is derived for this
+    purpose alone, so what they give tells nothing of what else is drawn with the key.
+
+    Args:
+        key: the key, `uint8` of shape (32,).
+        tree: a pytree of tensors; the generators of their devices are meant, beside that of the CPU.
+
+    Raises:
+        ArgumentError: `key` is not a key.
+    """
+    seed = int.from_bytes(derive(key_bytes(key), b"pegrad torch", 0)[:8], "little")
+    devices = {leaf.device for leaf in trees.leaves(tree)} - {torch.device("cpu"), torch.device("meta")}
+    kind = next((device.type for device in devices), "cpu")
+    indices = [device.index for device in devices]
+    with torch.random.fork_rng(indices, device_type=kind):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not forked
+        for index in indices:
+            with torch.accelerator.device_index(index):
+                torch.get_device_module(kind).manual_seed(seed)
+        yield
 
 
 def _box_muller(stream: CipherContext, precision: _Precision, out: Tensor) -> None:
@@ -294,39 +260,14 @@ def _keystream(key: Tensor, purpose: bytes) -> CipherContext:
 
     The counter starts at 0 because the AES key is derived for this one stream.
     """
-    derived = _hash(_key_bytes(key), purpose, 0)
+    derived = derive(key_bytes(key), purpose, 0)
     return Cipher(algorithms.AES(derived), modes.CTR(bytes(16))).encryptor()
-
-
-def _hash(key: bytes, purpose: bytes, data: int) -> bytes:
-    """Derive 256 bits from a key, a purpose of at most 16 bytes and a number of any size."""
-    encoded = data.to_bytes((data.bit_length() + 7) // 8, "little")
-    return hashlib.blake2b(encoded, digest_size=KEY_BYTES, key=key, person=purpose).digest()
-
-
-def _as_key(digest: bytes) -> Tensor:
-    return torch.tensor(list(digest), dtype=torch.uint8, device="cpu")
-
-
-def _key_bytes(key: Tensor) -> bytes:
-    check_key(key)
-    return bytes(key.tolist())
-
-
-def _natural(name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ArgumentError(f"Expected {name} to be an integer, got {type(value).__name__}.") from None
-    if number < 0:
-        raise ArgumentError(f"Expected {name} >= 0, got {name}={number}.")
-    return number
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence):
         raise ArgumentError(f"Expected shape to be a sequence of integers, got {type(shape).__name__}.")
-    return tuple(_natural("shape", size) for size in shape)
+    return tuple(natural("shape", size) for size in shape)
 
 
 def _precision(dtype: torch.dtype) -> _Precision:

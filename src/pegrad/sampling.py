@@ -16,8 +16,8 @@ from torch import Tensor
 from pegrad import random, trees
 from pegrad.errors import ArgumentError, BatchOverflowError
 
-# What the default maximum of a Poisson batch allows in one step: nothing beside any delta, over any run.
-_OVERFLOW_PROBABILITY = 1e-18
+# What the default maximum of a Poisson batch adds to delta in one step: next to nothing beside any, over any run.
+OVERFLOW_PROBABILITY = 1e-24
 
 
 class Draw(NamedTuple):
@@ -44,17 +44,17 @@ class PoissonSampler:
         `sampling_rate`: probability floor(q·2^53)/2^53, independent over examples and steps. Tests:
         `test_poisson_includes_at_the_sampling_rate`, `test_poisson_pairs_are_independent`.
 
-    Calling it with a key and a step gives that step's `Draw`, with `rows` rows.
+    Calling it with a key and a step gives that step's `Draw`, with `rows` rows. The key must stay secret, and what is
+    drawn with it: sampling amplifies privacy only against those who do not know who is in the batch.
 
     Args:
         num_examples: n, the number of rows of the data set, at least 1. Public.
         sampling_rate: q in (0, 1].
-        max_batch_size: M >= 1, the rows of every draw. None: the least M that a draw exceeds with probability
-            at most 1e-18, a function of n and q alone.
-        on_overflow: what happens when more than M examples are drawn. "error" raises `BatchOverflowError`. That
-            is not quite Poisson sampling: where the latter gives (ε, δ), T steps have (ε, δ + p·exp(ε)), with
-            p = T times `overflow_probability` and n the size of the larger of two neighbouring data sets.
-            "truncate" keeps a uniformly random M of them, which the accountant charges for.
+        max_batch_size: M >= 1, the rows of every draw. None: the least M that n - 1 examples fill with probability
+            at most 1e-24 in a step, a function of n and q alone.
+        on_overflow: what happens when more than M examples are drawn. "error" raises `BatchOverflowError`,
+            "truncate" keeps a uniformly random M of them. Neither is quite Poisson sampling, and
+            `pegrad.accounting.epsilon` charges for the difference.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -90,18 +90,18 @@ class PoissonSampler:
         """M, the number of rows of every draw."""
         if self.max_batch_size is not None:
             return self.max_batch_size
-        return _binomial_quantile(self.num_examples, self.sampling_rate, _OVERFLOW_PROBABILITY)
+        return 1 + _binomial_quantile(self.num_examples - 1, self.sampling_rate, OVERFLOW_PROBABILITY)
 
     @cached_property
     def overflow_probability(self) -> float:
         """The probability P[Binomial(n, q) > M] that one step draws more examples than fit."""
-        return _binomial_tail(self.num_examples, self.sampling_rate, self.rows)
+        return binomial_tail(self.num_examples, self.sampling_rate, self.rows)
 
     def __call__(self, key: Tensor, step: int) -> Draw:
         """Draw the batch of a step.
 
         Args:
-            key: the sampler's key, `uint8` (32,), not used for anything else.
+            key: the sampler's key, `uint8` (32,), not used for anything else, and secret.
             step: the number of the step, at least 0.
 
         Raises:
@@ -205,23 +205,23 @@ def _padded(examples: Tensor, rows: int, truncated: int = 0) -> Draw:
 
 
 def _binomial_quantile(n: int, q: float, tail: float) -> int:
-    """The least m >= 1 with P[Binomial(n, q) > m] <= tail, by bisection."""
-    low, high = 0, n
+    """The least m >= 0 with P[Binomial(n, q) > m] <= tail, by bisection."""
+    low, high = -1, n
     while high - low > 1:
         middle = (low + high) // 2
-        if _binomial_tail(n, q, middle) <= tail:
+        if binomial_tail(n, q, middle) <= tail:
             high = middle
         else:
             low = middle
     return high
 
 
-def _binomial_tail(n: int, q: float, m: int) -> float:
-    """P[Binomial(n, q) > m], by summing the side of the mean on which the terms decrease outwards."""
+def binomial_tail(n: int, q: float, m: int) -> float:
+    """Return P[Binomial(n, q) > m], by summing the side of the mean on which the terms decrease outwards."""
     if m >= n or q == 1:
         return float(m < n)
     if m + 1 < n * q:
-        return 1.0 - _binomial_tail(n, 1 - q, n - m - 1)
+        return 1.0 - binomial_tail(n, 1 - q, n - m - 1)
     k = m + 1
     log_term = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     term = math.exp(log_term + k * math.log(q) + (n - k) * math.log1p(-q))

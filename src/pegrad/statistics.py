@@ -13,11 +13,14 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.call import Call
+from pegrad.clipping import Unclipped
 from pegrad.errors import ArgumentError, LeafError
+from pegrad.numerics import accumulator, widen
 from pegrad.per_example import Loss
 from pegrad.strategies import BookKeeping
-from pegrad.strategies.book import Leafwise, Roots, Stacks, stack_rows, widen
-from pegrad.strategies.failures import explained
+from pegrad.strategies.book import Leafwise, Roots, Stacks, stack_rows
+from pegrad.strategies.failures import attributed
+from pegrad.tracing.eager import eager
 from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
 
@@ -47,16 +50,20 @@ def per_example_dot(loss: Loss) -> Callable[..., Tensor]:
         LeafError, LossError: on a call, as `pegrad.per_example_grad`, or a direction unlike the parameters.
     """
 
+    @eager
     def dots(params: PyTree, batch: PyTree, direction: PyTree) -> Tensor:
         call = Call.of(loss, params, batch, None)
         vectors, spec = trees.flatten(direction)
         shapes = [leaf.shape for leaf in call.problem.params]
         if spec != call.params or [v.shape for v in vectors] != shapes:
             raise LeafError("direction differs from params in structure or shapes: expected a pytree like params")
-        book = partial(_Dots, vectors=[widen(vector.detach()) for vector in vectors])
+        vectors = [
+            vector.detach().to(accumulator(leaf.dtype))
+            for vector, leaf in zip(vectors, call.problem.params, strict=True)
+        ]
         strategy = BookKeeping()
-        with explained(strategy, call.problem):
-            _, found = strategy.run(call.problem, book)
+        with attributed(strategy, call.problem):
+            _, found = strategy.run(call.problem, partial(_Dots, vectors=vectors))
         return call.rows([found.total])
 
     return dots
@@ -77,11 +84,13 @@ def gradient_gram(loss: Loss) -> Callable[..., Tensor]:
     Source: Jacot, Gabriel & Hongler 2018.
     """
 
+    @eager
     def gram(params: PyTree, batch: PyTree) -> Tensor:
         call = Call.of(loss, params, batch, None)
         strategy = BookKeeping()
-        with explained(strategy, call.problem):
+        with attributed(strategy, call.problem):
             _, found = strategy.run(call.problem, _Gram)
+        call.check()
         return found.total[: call.size, : call.size]
 
     return gram
@@ -101,6 +110,7 @@ def gradient_moments(loss: Loss) -> Callable[..., Moments]:
         LeafError, LossError: on a call, as `pegrad.per_example_grad`.
     """
 
+    @eager
     def moments(params: PyTree, batch: PyTree) -> Moments:
         call = _call_of_some(loss, params, batch, least=1)
         zeros = [torch.zeros_like(leaf).detach() for leaf in call.problem.params]
@@ -111,8 +121,9 @@ def gradient_moments(loss: Loss) -> Callable[..., Moments]:
             variance[leaf] = (rows - mean[leaf]).square().sum(0) / (len(rows) - 1 or float("nan"))
 
         strategy = BookKeeping()
-        with explained(strategy, call.problem):
+        with attributed(strategy, call.problem):
             strategy.run(call.problem, partial(Stacks, visit=visit))
+        call.check()
         return Moments(trees.unflatten(call.params, mean), trees.unflatten(call.params, variance))
 
     return moments
@@ -138,12 +149,14 @@ def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
     Source: McCandlish, Kaplan & Amodei 2018, the "simple" noise scale.
     """
 
+    @eager
     def scale(params: PyTree, batch: PyTree) -> Tensor:
         call = _call_of_some(loss, params, batch, least=2)
         size = call.size
         strategy = BookKeeping()
-        with explained(strategy, call.problem):
-            sums, squares, _ = strategy.weighted_sum(call.problem, torch.ones_like)
+        with attributed(strategy, call.problem):
+            sums, squares, _ = strategy.weighted_sum(call.problem, Unclipped())
+        call.check()
         of_mean = torch.stack([total.square().sum() for total in sums]).sum() / size**2
         covariance = (squares.sum() - size * of_mean) / (size - 1)
         signal = of_mean - covariance / size

@@ -97,9 +97,11 @@ class PlainSGD:
 
     def __call__(self, params: PyTree, state: State, batch: PyTree) -> Step:
         """Take one step; its metrics have `(0,)` norms, since the mean gradient tells none."""
-        grads, losses = mean_grad(self.loss)(params, batch)
+        with random.torch_generators(random.fold_in(state.key, state.step), (params, batch)):
+            grads, losses = mean_grad(self.loss)(params, batch)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, params)
-        metrics = Metrics(losses, losses.new_empty(0), None, torch.zeros((), dtype=torch.int64))
+        mask = torch.ones_like(losses, dtype=torch.bool)
+        metrics = Metrics(losses, losses.new_empty(0), None, torch.zeros((), dtype=torch.int64), mask)
         return Step(optim.apply_updates(params, updates), State(state.key, state.step + 1, optimizer), metrics)
 
 
@@ -183,11 +185,12 @@ def steps(plan: Plan, dataset: Dataset, key: Tensor) -> Iterator[Step]:
     Args:
         plan: what to do.
         dataset: what the plan was made for; training runs on its device.
-        key: the run's key, of `pegrad.random.key`: same key, same run.
+        key: the run's key, of `pegrad.random.key`: same key, same run. It must stay secret, and with it all that is
+            drawn from it: the state of every step, and which examples were in its batch.
 
     Yields:
         What each of the plan's steps returned. Only the parameters are private as the plan states; the metrics
-        tell of single examples.
+        tell of single examples, and the state holds a key.
     """
     init_key, sampler_key, state_key = random.split(key, 3)
     device = dataset.train_images.device

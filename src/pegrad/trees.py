@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optree
-from torch import Tensor
+from torch import Tensor, nn
 
 from pegrad.errors import LeafError
 
@@ -48,7 +48,8 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec]:
     """Flatten parameters, having checked that every leaf can carry a gradient.
 
     Raises:
-        LeafError: a leaf is not a tensor, or not of a floating-point dtype; or there is no leaf at all.
+        LeafError: a leaf is not a tensor, not of a floating-point dtype, or an `nn.Parameter` that is frozen; or there
+            is no leaf at all.
     """
     leaves, spec = flatten(params)
     if not leaves:
@@ -60,7 +61,14 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec]:
                 f"params{path} has dtype {leaf.dtype}, which has no gradient: expected a floating-point tensor. "
                 "Pass integer tensors in the batch, or close over them in the loss"
             )
-    return leaves, spec
+        if isinstance(leaf, nn.Parameter) and not leaf.requires_grad:
+            raise LeafError(
+                f"params{path} is an nn.Parameter with requires_grad=False, but every leaf of params gets a gradient "
+                "and noise. Pass only those to be trained, such as {name: p for name, p in module.named_parameters() "
+                "if p.requires_grad}: torch.func.functional_call takes the others from the module. To train this one "
+                "too, pass leaf.detach()"
+            )
+    return [_recordable(leaf) for leaf in leaves], spec
 
 
 def flatten_batch(batch: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec, int]:
@@ -89,7 +97,12 @@ def flatten_batch(batch: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec, int]:
                 f"batch{path} has {size} examples but batch{names[0]} has {sizes[0]}: "
                 "every leaf needs the same leading axis. Close over what the examples share in the loss"
             )
-    return leaves, spec, sizes[0]
+    return [_recordable(leaf) for leaf in leaves], spec, sizes[0]
+
+
+def _recordable(leaf: Tensor) -> Tensor:
+    """Return a tensor that autograd may save: what inference mode made, it refuses."""
+    return leaf.clone() if leaf.is_inference() else leaf
 
 
 def _check_tensor(what: str, path: str, leaf: Any) -> None:

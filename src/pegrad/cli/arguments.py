@@ -89,7 +89,7 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=_count, metavar="B", help="examples in a batch, on average with DP-SGD")
     parser.add_argument("--epochs", type=_positive, help="passes over the training set, or a part of one")
     parser.add_argument("--lr", type=_positive, help="Adam's learning rate")
-    parser.add_argument("--seed", type=_natural, help="repeat an experiment (default: OS entropy)")
+    parser.add_argument("--seed", type=_natural, help="repeat an experiment; not private (default: OS entropy)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write metrics.json and training.png")
     _add_device(parser)
     parser.epilog = "Defaults: " + "; ".join(f"{name}: {_preset(name)}" for name in PRESETS) + "."

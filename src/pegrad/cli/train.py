@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from math import ceil, isfinite, nan
+from math import ceil, isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -39,6 +39,7 @@ _NOT_PRIVATE = (
     "Losses and norms, here and in training.png, are those of single training examples: no guarantee covers them. "
     "Nor does epsilon cover a choice of settings made by looking at results."
 )
+_SEEDED = "Whoever knows or guesses the seed can subtract the noise: this run is not private."
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _watch(plan: Plan, dataset: Dataset, key: Tensor) -> Outcome:
     start = perf_counter()
     with tqdm(steps(plan, dataset, key), total=plan.steps, desc="training", unit="step") as bar:
         for taken in bar:
-            losses.append(taken.metrics.losses.mean().item() if len(taken.metrics.losses) else nan)
+            losses.append(taken.metrics.mean_loss.item())
             norms.append(taken.metrics.norms.cpu())
             if taken.state.step % every == 0 or taken.state.step == plan.steps:
                 history.append(evaluate(plan, dataset, taken))
@@ -149,7 +150,7 @@ def _title(plan: Plan, settings: Settings, privacy: Privacy | None, dataset: Dat
 def _source_of_randomness(seed: int | None) -> str:
     if seed is None:
         return "key: from the operating system's entropy, not kept"
-    return f"key: from seed {seed}, to repeat an experiment; whoever knows the seed can take the noise away"
+    return f"key: from seed {seed}, to repeat an experiment. {_SEEDED}"
 
 
 def _result(outcome: Outcome, privacy: Privacy | None) -> str:
@@ -172,9 +173,9 @@ def _report(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "pegrad": pegrad.__version__,
         "machine": {**comparison.machine(), "device": str(options.device)},
-        "not_private": _NOT_PRIVATE,
+        "not_private": _NOT_PRIVATE if options.seed is None else f"{_NOT_PRIVATE} {_SEEDED}",
         "data": options.data,
-        "seed": options.seed,
+        "seeded": options.seed is not None,
         "settings": {**asdict(settings), "steps": plan.steps},
         "privacy": privacy and {**asdict(privacy), "noise_multiplier": plan.noise_multiplier, "accountant": "pld"},
         "seconds": outcome.seconds,

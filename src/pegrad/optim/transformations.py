@@ -34,6 +34,9 @@ class AdamState(NamedTuple):
     square: PyTree
 
 
+torch.serialization.add_safe_globals([AdamState])  # for torch.load's default, weights_only=True
+
+
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Return `params + updates`, leaf by leaf.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pegrad.numerics import norm_bounds, squared_norms
 from pegrad.rules.costs import Work
 from pegrad.rules.site import Kernel, Recorder, Rule, Shape, Site, Tap
 
@@ -37,6 +38,14 @@ class EmbeddingWeight(Site):
         """See `Site.summing`."""
         return Kernel("reduce", Work(0, moved=self.source.numel() + 2 * prod(g)), self._sum)
 
+    def positions(self, x: Shape, g: Shape) -> int:
+        """See `Site.positions`."""
+        return prod(x[1:])
+
+    def amplitude(self, x: Tensor, g: Tensor) -> Tensor:
+        """See `Site.amplitude`; by the inequality of Cauchy and Schwarz."""
+        return norm_bounds(g) * prod(x.shape[1:]) ** 0.5
+
     def apply(self, x: Tensor, parameter: Tensor) -> Tensor:
         """See `Site.apply`."""
         y = F.embedding(x, parameter)
@@ -58,12 +67,15 @@ class EmbeddingWeight(Site):
         table = g.new_zeros(x.shape[0] * rows, width)
         return table.index_add_(0, self._places(x), self._lines(x, g)).reshape(x.shape[0], rows, width)
 
-    def _segments(self, x: Tensor, g: Tensor) -> Tensor:
+    def _segments(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Add up the lines of equal tokens of one example, and only then square."""
         places, segment = torch.unique(self._places(x), return_inverse=True)
-        sums = g.new_zeros(len(places), g.shape[-1]).index_add_(0, segment, self._lines(x, g))
+        lines = self._lines(x, g)
+        sums = g.new_zeros(len(places), g.shape[-1]).index_add_(0, segment, lines)
         example = places // self.source.shape[0]
-        return g.new_zeros(x.shape[0]).index_add_(0, example, torch.linalg.vecdot(sums, sums))
+        squares = torch.zeros(x.shape[0], dtype=torch.float64, device=g.device)
+        terms = squared_norms(lines).reshape(x.shape[0], -1).sum(1)
+        return squares.index_add_(0, example, squared_norms(sums)), terms
 
     def _sum(self, x: Tensor, g: Tensor) -> Tensor:
         return g.new_zeros(*self.source.shape).index_add_(0, x.flatten(), self._lines(x, g))

@@ -5,29 +5,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 21
-"""Numbers that a Gram kernel holds at a time: what bounds its memory, and keeps it in the processor's cache."""
+from pegrad.numerics import BLOCK
+
+Squares = tuple[Tensor, Tensor]
+"""Squared norms and squared terms, `(B,)` each: see `Site.norming`."""
 
 
-def few_at_a_time(norms: Callable[[Tensor, Tensor], Tensor], x: Tensor, g: Tensor, numbers: int) -> Tensor:
+def few_at_a_time(norms: Callable[[Tensor, Tensor], Squares], x: Tensor, g: Tensor, numbers: int) -> Squares:
     """Find norms for as many examples at a time as fit into `BLOCK`, or for one at the least.
 
     Args:
-        norms: `(x, g) -> (B,)` for any B.
+        norms: `(x, g) -> Squares` for any B.
         x: `(B, ...)`.
         g: `(B, ...)`.
         numbers: how many numbers `norms` holds for one example.
-
-    Returns:
-        `(B,)`.
     """
     step = max(1, BLOCK // numbers)
     if step >= x.shape[0]:
         return norms(x, g)
-    return torch.cat([norms(*part) for part in zip(x.split(step), g.split(step), strict=True)])
+    parts = [norms(*part) for part in zip(x.split(step), g.split(step), strict=True)]
+    squares, terms = zip(*parts, strict=True)
+    return torch.cat(squares), torch.cat(terms)
 
 
-def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Tensor:
+def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Squares:
     """Squared norm of `g[b]ᵀ x[b]` for each b, as `sum over t, t' of (g_t · g_t') (x_t · x_t')`.
 
     Args:
@@ -37,15 +38,17 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Tensor:
             block only what lies on or right of the diagonal, since both are symmetric.
 
     Returns:
-        `(B,)`. Rounding can leave a sum of zero slightly negative.
+        The squared norms, of which rounding can leave one of zero slightly negative; and the sum over t of the squared
+        norms of the terms `g_t x_tᵀ`, from the matrices' diagonals.
 
     Source: Goodfellow 2015 for T = 1; Li et al. 2022, "ghost clipping"; Bu, Mao & Xu 2022.
     """
     batch, positions = x.shape[:2]
     if positions == 1:
-        return torch.linalg.vecdot(x, x).mul_(torch.linalg.vecdot(g, g)).squeeze(1)
+        squares = torch.linalg.vecdot(x, x).mul_(torch.linalg.vecdot(g, g)).squeeze(1)
+        return squares, squares
     rows = max(1, min(_rows_by_symmetry(positions), block // (batch * positions)))
-    total = x.new_zeros(batch)
+    total, terms = x.new_zeros(batch), x.new_zeros(batch)
     for start in range(0, positions, rows):
         stop = min(start + rows, positions)
         products = x[:, start:stop] @ x[:, start:].mT
@@ -53,8 +56,10 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Tensor:
         diagonal = stop - start
         if stop < positions:
             weights[:, :, diagonal:] *= 2
-        total += products.mul_(weights).flatten(1).sum(1)
-    return total
+        products.mul_(weights)
+        terms += products.diagonal(dim1=1, dim2=2).sum(1)
+        total += products.flatten(1).sum(1)
+    return total, terms
 
 
 def _rows_by_symmetry(positions: int) -> int:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pegrad.numerics import norm_bounds
 from pegrad.rules.bias import Bias, over_leading
 from pegrad.rules.costs import Work
 from pegrad.rules.gram import gram_norm
@@ -34,6 +35,14 @@ class LinearWeight(Site):
         """See `Site.summing`."""
         work = Work(prod(x) * g[-1], x[-1] * g[-1], prod(g))
         return Kernel("native", work, lambda x, g: g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]))
+
+    def positions(self, x: Shape, g: Shape) -> int:
+        """See `Site.positions`."""
+        return prod(g[1:-1])
+
+    def amplitude(self, x: Tensor, g: Tensor) -> Tensor:
+        """See `Site.amplitude`; by the inequality of Cauchy and Schwarz."""
+        return norm_bounds(x) * norm_bounds(g)
 
     def weigh(self, x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `Site.weigh`."""

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from pegrad.rules.costs import Work
+from pegrad.numerics import by_example
+from pegrad.rules.costs import Work, nanoseconds
 
 Shape = tuple[int, ...]
 
@@ -18,7 +19,7 @@ class Kernel(NamedTuple):
     rates: str
     """Key of the rates in `pegrad.rules.costs` that its work is charged at."""
     work: Work
-    run: Callable[[Tensor, Tensor], Tensor]
+    run: Callable[[Tensor, Tensor], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,8 @@ class Site(ABC):
     """One use of a parameter by an operation `y = f(x, parameter)` on the physical batch.
 
     A site answers from the operation's input `x` `(B, ...)` and the loss's gradient at its output, `g` `(B, ...)`.
-    It must know how to stack gradients; what else it knows, it offers as further kernels.
+    It must know how to stack gradients; what else it knows, it offers as further kernels. Those are used only if it
+    bounds the terms that its gradients are sums of (`amplitude`), for otherwise nothing is known of their rounding.
 
     Args:
         source: the parameter, or what the loss made of parameters alone: a transpose, a cast, a normalised weight.
@@ -35,6 +37,11 @@ class Site(ABC):
 
     source: Tensor
     operation: str
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the site bounds the terms of its gradients: see `amplitude`."""
+        return type(self).amplitude is not Site.amplitude
 
     def describe(self) -> str:
         """Say what the operation is, to tell sites of equal shapes apart."""
@@ -45,7 +52,11 @@ class Site(ABC):
         """Offer ways to the stacked gradient: `(x, g) -> (B, *source.shape)`, by name, for these shapes."""
 
     def norming(self, x: Shape, g: Shape) -> dict[str, Kernel]:
-        """Offer ways to the squared norms that stack nothing: `(x, g) -> (B,)`, by name, for these shapes."""
+        """Offer ways to the squared norms that stack nothing, by name, for these shapes.
+
+        Each is `(x, g) -> (squared norms, squared terms)`, both `(B,)`: the second is the sum over positions of the
+        squared norms of the terms that a gradient is the sum of, which tells how far rounding may have gone.
+        """
         return {}
 
     def summing(self, x: Shape, g: Shape) -> Kernel | None:
@@ -59,6 +70,26 @@ class Site(ABC):
         """
         return x, by_example(g, weights)
 
+    def positions(self, x: Shape, g: Shape) -> int:
+        """Count the terms that one example's gradient is the sum of."""
+        return 1
+
+    def amplitude(self, x: Tensor, g: Tensor) -> Tensor | None:
+        """Bound the sum of the norms of the terms of each example's gradient from above: `(B,)`, float64.
+
+        None: there is no bound, and `norming` and `summing` stay unused.
+        """
+        return None
+
+    def rows_at_a_time(self, positions: int) -> int:
+        """Say over how many examples `summing` may sum in one go: more would round more, at no gain in speed."""
+        return 1 << 30
+
+    def exact(self, x: Tensor, g: Tensor) -> Tensor:
+        """Stack the gradients in float64, from float64 `x` and `g`."""
+        kernels = self.stacking(tuple(x.shape), tuple(g.shape)).values()
+        return min(kernels, key=lambda kernel: nanoseconds(kernel.rates, kernel.work, x.device.type)).run(x, g)
+
     def apply(self, x: Tensor, parameter: Tensor) -> Tensor | None:
         """Run the operation, if it is linear in its parameter, with another one: the output, shaped like `g`."""
         return None
@@ -66,12 +97,6 @@ class Site(ABC):
     def pairs(self, x: Tensor, g: Tensor) -> Tensor | None:
         """Return the inner products of the examples' gradients, `(B, B)`, where that is cheaper than stacking them."""
         return None
-
-
-def by_example(t: Tensor, weights: Tensor) -> Tensor:
-    """Multiply a tensor with one or several rows an example by the examples' weights, `(B,)`."""
-    rows = weights.to(t.dtype).repeat_interleave(t.shape[0] // weights.shape[0])
-    return t * rows.reshape(-1, *[1] * (t.dim() - 1))
 
 
 def weigh_the_smaller(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
 """`auto`: the strategy that is fastest as a rule."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
+from pegrad.clipping import Weighting
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
 from pegrad.strategies.book_keeping import BookKeeping
 from pegrad.strategies.grouped_conv import GroupedConv
@@ -21,9 +20,9 @@ class Auto(Strategy):
         """See `Strategy.squared_norms`."""
         return self._best().squared_norms(problem)
 
-    def weighted_sum(self, problem: Problem, weigh: Callable[[Tensor], Tensor]) -> tuple[Leaves, Tensor, Values]:
+    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
         """See `Strategy.weighted_sum`."""
-        return self._best().weighted_sum(problem, weigh)
+        return self._best().weighted_sum(problem, weighting)
 
     @staticmethod
     def _best() -> Strategy:

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pegrad import numerics
+from pegrad.clipping import Weighting
+from pegrad.numerics import accumulator, arithmetic, contract
 from pegrad.tracing.batched import transformed
 
 Leaves = list[Tensor]
@@ -22,11 +25,27 @@ class Problem:
     loss: FlatLoss
     params: Leaves
     batch: Leaves  # each (B, ...)
+    mask: Tensor | None = None  # (B,), boolean; False marks padding
+    whole: int = 0  # rows of the call that these may be a part of; 0: they are all
 
     @property
     def batch_size(self) -> int:
         """Number of rows `B`."""
         return self.batch[0].shape[0]
+
+    @property
+    def sum_rows(self) -> int:
+        """How many rows will be summed in all, of which these may be some: it decides the dtype of the sum."""
+        return self.whole or self.batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arithmetic takes place."""
+        return self.params[0].device
+
+    def sum_dtype(self, leaf: Tensor) -> torch.dtype:
+        """Return the dtype of a sum of gradients of a leaf."""
+        return accumulator(leaf.dtype, self.sum_rows)
 
 
 class Values(NamedTuple):
@@ -48,51 +67,34 @@ class Strategy(ABC):
         """Return every example's gradient: for each parameter leaf one tensor `(B, *leaf.shape)`."""
 
     def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
-        """Return the squared norm of each example's gradient over all leaves, `(B,)`, in at least float32."""
+        """Return the squared norm of each example's gradient over all leaves, `(B,)`, in float64."""
         grads, values = self.stacked(problem)
-        return squared_norms(grads), values
+        with arithmetic(problem.device):
+            return squared_norms(grads), values
 
-    def weighted_sum(self, problem: Problem, weigh: Callable[[Tensor], Tensor]) -> tuple[Leaves, Tensor, Values]:
+    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
         """Return the weighted sum of the examples' gradients, the weights being a function of their norms.
 
         Args:
             problem: loss, parameters and batch.
-            weigh: squared norms `(B,)` to weights `(B,)`. A row of weight zero contributes exactly zero,
+            weighting: squared norms `(B,)` to weights `(B,)`. A row of weight zero contributes exactly zero,
                 whatever its gradient is: also where that is not finite.
 
         Returns:
-            The sum, for each parameter leaf one tensor of its shape in at least float32; the squared norms; the
-            values.
+            The sum, for each parameter leaf one tensor of its shape in `problem.sum_dtype`; the squared norms, in
+            float64; the values.
         """
         grads, values = self.stacked(problem)
-        squares = squared_norms(grads)
-        weights = weigh(squares)
-        bad = bad_rows(squares, weights)
-        return [contract(weights, grad, bad) for grad in grads], squares, values
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over half-precision numbers are kept: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+        with arithmetic(problem.device):
+            squares = squared_norms(grads)
+            weights = weighting.weights(squares, problem.mask)
+            bad = bad_rows(squares, weights)
+            return [contract(weights, grad, bad, problem.sum_dtype(grad)) for grad in grads], squares, values
 
 
 def squared_norms(grads: Leaves) -> Tensor:
-    """Sum of squares of each row over all leaves: `(B, ...)` leaves to `(B,)`, in at least float32."""
-    # By way of the norm, which needs no second array of the size of the first.
-    norms = [
-        torch.linalg.vector_norm(grad.reshape(grad.shape[0], -1), dim=1, dtype=accumulator(grad.dtype))
-        for grad in grads
-    ]
-    return torch.stack(norms).square().sum(0)
-
-
-def contract(weights: Tensor, grad: Tensor, bad: Tensor | None) -> Tensor:
-    """Sum the rows of `grad` `(B, ...)` by `weights` `(B,)`, the rows marked in `bad` `(B,)` left out altogether."""
-    dtype = accumulator(grad.dtype)
-    rows = grad.reshape(grad.shape[0], -1).to(dtype)
-    if bad is not None:
-        rows = rows.masked_fill(bad[:, None], 0)
-    return (weights.to(dtype) @ rows).reshape(grad.shape[1:])
+    """Sum of squares of each row over all leaves: `(B, ...)` leaves to `(B,)`, in float64."""
+    return torch.stack([numerics.squared_norms(grad) for grad in grads]).sum(0)
 
 
 def bad_rows(squares: Tensor, weights: Tensor) -> Tensor | None:

@@ -1,23 +1,31 @@
 """What a backward pass over a trace is turned into: stacked gradients, norms, and weighted sums."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pegrad.rules.gram import BLOCK
-from pegrad.rules.site import Kernel, Site
-from pegrad.strategies.base import Leaves, accumulator, contract, squared_norms
+from pegrad.clipping import Weighting
+from pegrad.numerics import accumulator, contract, squared_norms, widen
+from pegrad.rules.site import Site
+from pegrad.strategies import rounding
+from pegrad.strategies.base import Leaves
 from pegrad.strategies.choice import Candidate, stack_kernel
+from pegrad.strategies.native import NativeSum, guarded_norms, native_sum, share_errors, stacked_parts
 from pegrad.tracing.lineage import Lineage, lineage
 from pegrad.tracing.trace import Tapped, Trace
 
 Choose = Callable[[Site, Tapped], Candidate]
 Visit = Callable[[int, Tensor], None]
 """`(leaf, its stacked gradient (B, *leaf.shape))`"""
-Sum = Callable[[Tensor, Tensor | None], Tensor]
-"""`(weights, bad rows or None) -> weighted sum`, in the shape of a source."""
+Totals = Iterable[tuple[Tensor, Tensor]]
+"""Tensors, each with what is to be added to the gradient there."""
+Sum = Callable[[Tensor, Tensor | None], Totals]
+"""`(weights, bad rows or None) -> Totals`"""
+
+Way = Literal["alone", "made", "shared"]
+"""By the kernel chosen; stacked, with a native sum; or stacked and added to the leaf's other uses."""
 
 
 class Book(Protocol):
@@ -58,6 +66,17 @@ class Roots(NamedTuple):
     def alone(self, source: Tensor) -> bool:
         """Tell whether the norm of this use's gradient is that of its leaf's: its only use, and an isometry."""
         return self.lineages[id(source)].isometric and self.sole(source)
+
+    def exactly_made(self, source: Tensor, sum_dtype: torch.dtype) -> bool:
+        """Tell whether a sum at this use reaches the leaves with all its digits, though by more than an isometry."""
+        line = self.lineages[id(source)]
+        return self.sole(source) and not line.cast and source.dtype == sum_dtype
+
+    def way(self, site: Site, sum_dtype: torch.dtype) -> Way:
+        """Decide how a site's norms and sum are found: what `Norms` does, and `explain` prints."""
+        if self.alone(site.source):
+            return "alone"
+        return "made" if site.bounded and self.exactly_made(site.source, sum_dtype) else "shared"
 
 
 class Leafwise:
@@ -115,107 +134,202 @@ class Stacks:
 
 
 class Norms:
-    """Squared norms over all leaves, and on request what the weighted sum will need.
+    """Squared norms over all leaves, and what the weighted sum will need.
 
-    Uses of a parameter that stand alone find their norms by the kernel chosen for them. Uses that share a leaf, or
-    reach theirs by more than an isometry, interfere: their gradients are stacked and added before the norm is taken.
+    Uses of a parameter that stand alone find their norms by the kernel chosen for them. Uses that share a leaf
+    interfere: their gradients are stacked and added before the norm is taken.
+
+    A stacked gradient is safe as it is: what is weighed is what was measured. Where the sum is a product of its own,
+    or the norm a difference of large numbers, `NativeSum` and `guarded_norms` see to it that both are of one gradient.
 
     Args:
         trace: the trace that will be run backward.
         choose: how each site's norms are found.
-        keep: whether `weighted_sum` will be asked for.
+        floor: the norm below which nothing depends on it.
+        rows: how many rows will be summed in all: see `Problem.rows`.
+        keep: whether what `weighted_sum` needs is kept, so that no second backward pass is needed.
     """
 
-    def __init__(self, trace: Trace, choose: Choose, *, keep: bool) -> None:
-        self._trace = trace
-        self._batch = trace.losses.shape[0]
-        self._roots = Roots.of(trace)
-        self._shared = Leafwise(trace, self._roots)
+    def __init__(self, trace: Trace, choose: Choose, *, floor: float = 0.0, rows: int = 1, keep: bool = False) -> None:
+        self.trace = trace
+        self.roots = Roots.of(trace)
+        self.rows = rows
+        self.batch = trace.losses.shape[0]
+        self.native: dict[int, NativeSum] = {}
+        """For each site whose sum will be native, by `id`, how."""
+        self._shared = Leafwise(trace, self.roots)
         self._choose = choose
+        self._floor = floor
         self._keep = keep
         self._squares: list[Tensor] = []
-        self._sums: list[tuple[Tensor, Sum]] = []
+        self._sums: list[Callable[[Tensor, Tensor | None, Weighting], Totals]] = []
 
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
         """See `Book.receive`."""
         x, g = widen(x), widen(g)
         for site in tapped.sites:
-            if self._roots.alone(site.source):
+            way = self.roots.way(site, accumulator(g.dtype, self.rows))
+            if way == "alone":
                 self._enter(site, self._choose(site, tapped), x, g)
-            elif self._roots.sole(site.source) and site.summing(tapped.x, tapped.y):
+            elif way == "made":
                 self._enter_made(site, x, g)
             else:
                 self._enter_leaves(self._shared.add(site.source, stack_rows(site, x, g)))
 
     def receive_copies(self, grads: Leaves) -> None:
         """See `Book.receive_copies`."""
-        for copies, grad in zip(self._trace.copies, grads, strict=True):
-            if self._roots.alone(copies.source):
+        for copies, grad in zip(self.trace.copies, grads, strict=True):
+            if self.roots.alone(copies.source):
                 self._enter_stacked(copies.source, grad)
             else:
                 self._enter_leaves(self._shared.add(copies.source, grad))
         self._enter_leaves(self._shared.rest())
 
     def squared_norms(self) -> Tensor:
-        """Return the squared norms, `(B,)`, in at least float32, once all is entered."""
-        losses = self._trace.losses
-        return sum(self._squares, start=torch.zeros_like(losses, dtype=accumulator(losses.dtype)).detach())
+        """Return the squared norms, `(B,)`, in float64, once all is entered."""
+        start = torch.zeros(self.batch, dtype=torch.float64, device=self.trace.losses.device)
+        return sum(self._squares, start=start)
 
-    def weighted_sum(self, weights: Tensor, bad: Tensor | None) -> Leaves:
+    def weighted_sum(self, weights: Tensor, bad: Tensor | None, weighting: Weighting) -> Leaves:
         """Return the weighted sum for each leaf; what was kept for it is let go, use by use.
 
         Args:
             weights: `(B,)`.
             bad: `(B,)`, boolean: rows that may not be finite, whose weight is zero; None: no such row.
+            weighting: where the weights come from.
         """
-        totals = []
+        totals: list[tuple[Tensor, Tensor]] = []
         while self._sums:
-            source, total = self._sums.pop()
-            totals.append((source, total(weights, bad)))
-        return gather(self._trace, totals)
+            totals += self._sums.pop()(weights, bad, weighting)
+        return gather(self.trace, self.roots, totals, self.rows)
 
     def _enter(self, site: Site, choice: Candidate, x: Tensor, g: Tensor) -> None:
         shapes = tuple(x.shape), tuple(g.shape)
-        if not choice.stacks:
-            self._squares.append(site.norming(*shapes)[choice.norm].run(x, g))
-        elif choice.keeps and self._keep:
-            return self._enter_stacked(site.source, site.stacking(*shapes)[choice.norm].run(x, g))
-        else:
-            stacks = _stack_by_parts(site.stacking(*shapes)[choice.norm], site, x, g, self._batch)
-            self._squares.append(torch.cat([squared_norms([rows]) for rows in stacks]))
-        self._sum_natively(site, x, g)
-        return None
+        if choice.keeps:  # the sum is one of stacked gradients
+            kernel = site.stacking(*shapes)[choice.norm]
+            if self._keep:
+                self._enter_stacked(site.source, kernel.run(x, g))
+            else:
+                parts = stacked_parts(kernel, site, x, g, self.batch)
+                self._squares.append(torch.cat([squared_norms(rows) for rows in parts]))
+            return
+        kernel = (site.stacking if choice.stacks else site.norming)(*shapes)[choice.norm]
+        self._squares.append(guarded_norms(site, kernel, choice.stacks, x, g, self.batch, self._floor))
+        self._sum_natively(native_sum(site, x, g), x, g)
 
     def _enter_made(self, site: Site, x: Tensor, g: Tensor) -> None:
-        """Enter the only use of leaves that the source was made of by more than an isometry."""
-        stacks = _stack_by_parts(stack_kernel(site, x, g), site, x, g, self._batch)
-        pulled = (pull_rows(self._trace, site.source, rows) for rows in stacks)
-        self._squares.append(torch.cat([squared_norms(list(leaves.values())) for leaves in pulled]))
-        self._sum_natively(site, x, g)
+        """Enter the only use of leaves that the source was made of by more than an isometry.
 
-    def _sum_natively(self, site: Site, x: Tensor, g: Tensor) -> None:
-        def total(weights: Tensor, bad: Tensor | None) -> Tensor:
-            return native_sum(site, *site.weigh(wipe(x, bad), wipe(g, bad), weights))
+        What is made of the leaves may leave a part of a gradient out, and a row may consist of little else: rows whose
+        gradient at the source is long beside that at the leaves are kept at the leaves, and out of the sum.
+        """
+        kernel = stack_kernel(site, x, g)
+        at_source, at_leaves = [], []
+        for rows in stacked_parts(kernel, site, x, g, self.batch):
+            at_source.append(squared_norms(rows))
+            at_leaves.append(_squares_of(pull_rows(self.trace, site.source, rows)))
+        squares = torch.cat(at_leaves)
+        gains = squares / torch.cat(at_source)
+        gain = float(torch.cat([gains[torch.isfinite(gains)], self._typical_gain(site.source)]).max().sqrt())
+        errors = share_errors(site, x, g) * gain
+        positions = site.positions(tuple(x.shape), tuple(g.shape))
+        norms = squares.sqrt().clamp(min=self._floor)
+        apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, positions) if self._floor else errors < 0
+        native = NativeSum(site, errors, gain, apart)
+        several = x.shape[0] // self.batch
+        for row in apart.nonzero().squeeze(1).tolist():
+            part = slice(row * several, (row + 1) * several)
+            pulled = pull_rows(self.trace, site.source, kernel.run(x[part], g[part]))
+            squares[row] = _squares_of(pulled)[0]
+            native.made.extend(
+                (self.trace.params[leaf], apart.new_tensor([row], dtype=torch.int64), rows)
+                for leaf, rows in pulled.items()
+            )
+        self._squares.append(squares)
+        self._sum_natively(native, x, g)
 
+    def _typical_gain(self, source: Tensor) -> Tensor:
+        """How much longer a random gradient becomes on its way from a source to the leaves, squared: `(1,)`."""
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, *source.shape, generator=generator).to(source)
+        return _squares_of(pull_rows(self.trace, source, probe / probe.norm()))
+
+    def _sum_natively(self, native: NativeSum, x: Tensor, g: Tensor) -> None:
+        self.native[id(native.site)] = native
         if self._keep:
-            self._sums.append((site.source, total))
+            dtype = accumulator(g.dtype, self.rows)
+            self._sums.append(lambda weights, bad, weighting: native.totals(x, g, weights, bad, weighting, dtype))
 
     def _enter_leaves(self, complete: Iterator[tuple[int, Tensor]]) -> None:
         for leaf, rows in complete:
-            self._enter_stacked(self._trace.params[leaf], rows)
+            self._enter_stacked(self.trace.params[leaf], rows)
 
     def _enter_stacked(self, source: Tensor, stacked: Tensor) -> None:
-        self._squares.append(squared_norms([stacked]))
+        self._squares.append(squared_norms(stacked))
         if self._keep:
-            self._sums.append((source, lambda weights, bad: contract(weights, stacked, bad)))
+            dtype = accumulator(stacked.dtype, self.rows)
+            self._sums.append(lambda weights, bad, weighting: [(source, contract(weights, stacked, bad, dtype))])
 
 
-def _stack_by_parts(kernel: Kernel, site: Site, x: Tensor, g: Tensor, batch: int) -> Iterator[Tensor]:
-    """Stack a site's gradients a few examples at a time: they, and what the kernel moves, stay in the cache."""
-    numbers = site.source.numel() + (x.numel() + g.numel() + int(kernel.work.moved)) // batch
-    step = max(1, BLOCK // numbers) * (x.shape[0] // batch)
-    for start in range(0, x.shape[0], step):
-        yield kernel.run(x[start : start + step], g[start : start + step])
+class Sums:
+    """The weighted sum, found in a second backward pass like the one in which the norms were.
+
+    Args:
+        norms: the book of the first pass.
+        weights: `(B,)`.
+        bad: `(B,)`, boolean: rows that may not be finite, whose weight is zero; None: no such row.
+        weighting: where the weights come from.
+    """
+
+    def __init__(self, norms: Norms, weights: Tensor, bad: Tensor | None, weighting: Weighting) -> None:
+        self._norms = norms
+        self._weights = weights
+        self._bad = bad
+        self._weighting = weighting
+        self._shared = Leafwise(norms.trace, norms.roots)
+        self._totals: list[tuple[Tensor, Tensor]] = []
+
+    def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
+        """See `Book.receive`."""
+        x, g = widen(x), widen(g)
+        dtype = accumulator(g.dtype, self._norms.rows)
+        for site in tapped.sites:
+            native = self._norms.native.get(id(site))
+            if native:
+                self._totals += native.totals(x, g, self._weights, self._bad, self._weighting, dtype)
+            elif self._norms.roots.alone(site.source):
+                self._add_parts(site, x, g)
+            else:
+                self._add_leaves(self._shared.add(site.source, stack_rows(site, x, g)))
+
+    def receive_copies(self, grads: Leaves) -> None:
+        """See `Book.receive_copies`."""
+        for copies, grad in zip(self._norms.trace.copies, grads, strict=True):
+            if self._norms.roots.alone(copies.source):
+                self._add(copies.source, grad)
+            else:
+                self._add_leaves(self._shared.add(copies.source, grad))
+        self._add_leaves(self._shared.rest())
+
+    def total(self) -> Leaves:
+        """Return the weighted sum for each leaf, once all is entered."""
+        return gather(self._norms.trace, self._norms.roots, self._totals, self._norms.rows)
+
+    def _add_parts(self, site: Site, x: Tensor, g: Tensor) -> None:
+        start = 0
+        for rows in stacked_parts(stack_kernel(site, x, g), site, x, g, self._norms.batch):
+            self._add(site.source, rows, start)
+            start += len(rows)
+
+    def _add_leaves(self, complete: Iterator[tuple[int, Tensor]]) -> None:
+        for leaf, rows in complete:
+            self._add(self._norms.trace.params[leaf], rows)
+
+    def _add(self, source: Tensor, rows: Tensor, start: int = 0) -> None:
+        part = slice(start, start + len(rows))
+        bad = None if self._bad is None else self._bad[part]
+        dtype = accumulator(rows.dtype, self._norms.rows)
+        self._totals.append((source, contract(self._weights[part], rows, bad, dtype)))
 
 
 def stack_rows(site: Site, x: Tensor, g: Tensor) -> Tensor:
@@ -223,41 +337,37 @@ def stack_rows(site: Site, x: Tensor, g: Tensor) -> Tensor:
     return stack_kernel(site, x, g).run(x, g)
 
 
-def native_sum(site: Site, x: Tensor, g: Tensor) -> Tensor:
-    """Sum a site's gradient over the batch, natively where that exists."""
-    native = site.summing(tuple(x.shape), tuple(g.shape))
-    return native.run(x, g) if native else stack_rows(site, x, g).sum(0)
-
-
-_PIECES = 3  # of 8 bits each make float32's 24
-
-
-def gather(trace: Trace, totals: list[tuple[Tensor, Tensor]]) -> Leaves:
-    """Bring gradients at sources back to the leaves and add them up, in at least float32."""
+def gather(trace: Trace, roots: Roots, totals: Totals, rows: int) -> Leaves:
+    """Bring gradients at sources back to the leaves and add them up, in the dtype of a sum of so many rows."""
     index = {id(leaf): i for i, leaf in enumerate(trace.params)}
     sums: dict[int, Tensor] = {}
-
-    def add(leaf: int, total: Tensor) -> None:
-        sums[leaf] = sums[leaf] + total if leaf in sums else total.to(accumulator(total.dtype))
-
     for source, total in totals:
-        if id(source) in index:
-            add(index[id(source)], total)
-    made = [(source, total) for source, total in totals if id(source) not in index]
-    narrow = any(source.dtype != total.dtype for source, total in made)
-    for _ in range(_PIECES if narrow else bool(made)):
-        # A source of half precision passes on no more digits than it has itself: the rest is sent after.
-        pieces = [total.to(source.dtype) for source, total in made]
-        origins = [source for source, _ in made]
-        grads = torch.autograd.grad(origins, trace.params, pieces, retain_graph=True, allow_unused=True)
-        for leaf, grad in enumerate(grads):
-            if grad is not None:
-                add(leaf, grad)
-        made = [(source, total - piece) for (source, total), piece in zip(made, pieces, strict=True)]
+        found = {index[id(source)]: total} if id(source) in index else _pull_total(trace, roots, source, total)
+        for leaf, part in found.items():
+            sums[leaf] = sums[leaf] + part if leaf in sums else part
     return [
-        sums[i] if i in sums else torch.zeros_like(leaf, dtype=accumulator(leaf.dtype), requires_grad=False)
+        sums[i] if i in sums else torch.zeros_like(leaf, dtype=accumulator(leaf.dtype, rows), requires_grad=False)
         for i, leaf in enumerate(trace.params)
     ]
+
+
+def _pull_total(trace: Trace, roots: Roots, source: Tensor, total: Tensor) -> dict[int, Tensor]:
+    """Bring one sum back to the leaves with all its digits, though autograd passes on no more than a dtype's."""
+    digits = 8 if roots.lineages[id(source)].cast else min(_DIGITS[source.dtype], _DIGITS[total.dtype])
+    narrow = torch.bfloat16 if digits == 8 else source.dtype
+    sums: dict[int, Tensor] = {}
+    for _ in range(-(-_DIGITS[total.dtype] // digits)):
+        # A power of two keeps the piece within the range of float16, should it pass through that.
+        scale = 2.0 ** int(torch.frexp(total.abs().max()).exponent) if total.numel() and digits == 8 else 1.0
+        piece = (total / scale).to(narrow)
+        for leaf, part in _pull(trace, source, piece.to(source.dtype), batched=False).items():
+            part = part.to(total.dtype) * scale
+            sums[leaf] = sums[leaf] + part if leaf in sums else part
+        total = total - piece.to(total.dtype) * scale
+    return sums
+
+
+_DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
 def pull_rows(trace: Trace, source: Tensor, stacked: Tensor) -> dict[int, Tensor]:
@@ -265,25 +375,16 @@ def pull_rows(trace: Trace, source: Tensor, stacked: Tensor) -> dict[int, Tensor
     for i, leaf in enumerate(trace.params):
         if source is leaf:
             return {i: stacked}
-    grads = torch.autograd.grad(
-        source,
-        trace.params,
-        stacked.to(source.dtype),
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=True,
+    pulled = _pull(trace, source, stacked.to(source.dtype), batched=True)
+    return {i: widen(rows) for i, rows in pulled.items()}
+
+
+def _pull(trace: Trace, source: Tensor, grads: Tensor, *, batched: bool) -> dict[int, Tensor]:
+    found = torch.autograd.grad(
+        source, trace.params, grads, retain_graph=True, allow_unused=True, is_grads_batched=batched
     )
-    return {i: widen(grad) for i, grad in enumerate(grads) if grad is not None}
+    return {i: grad for i, grad in enumerate(found) if grad is not None}
 
 
-def widen(t: Tensor) -> Tensor:
-    """Turn half precision to float32; integers and wider numbers stay as they are."""
-    return t.to(accumulator(t.dtype)) if t.is_floating_point() else t
-
-
-def wipe(t: Tensor, bad: Tensor | None) -> Tensor:
-    """Set the bad examples' rows to zero, of a tensor with one or several rows an example."""
-    if bad is None or not t.is_floating_point():
-        return t
-    rows = bad.repeat_interleave(t.shape[0] // bad.shape[0])
-    return t.masked_fill(rows.reshape(-1, *[1] * (t.dim() - 1)), 0)
+def _squares_of(leaves: dict[int, Tensor]) -> Tensor:
+    return torch.stack([squared_norms(rows) for rows in leaves.values()]).sum(0)

@@ -1,12 +1,13 @@
 """`book_keeping`: one forward and one backward pass to the activations, then norms, then weighted sums."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
+from pegrad.clipping import Weighting
+from pegrad.numerics import arithmetic
 from pegrad.strategies.base import Leaves, Problem, Values, bad_rows
 from pegrad.strategies.book import Norms
 from pegrad.strategies.traced import Traced, values
@@ -24,9 +25,11 @@ class BookKeeping(Traced):
 
     keeps: ClassVar[bool] = True
 
-    def weighted_sum(self, problem: Problem, weigh: Callable[[Tensor], Tensor]) -> tuple[Leaves, Tensor, Values]:
+    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
         """See `Strategy.weighted_sum`."""
-        trace, book = self.run(problem, partial(Norms, choose=self.choose, keep=True))
-        squares = book.squared_norms()
-        weights = weigh(squares)
-        return book.weighted_sum(weights, bad_rows(squares, weights)), squares, values(trace)
+        make = partial(Norms, choose=self.choose, floor=weighting.clip_norm, rows=problem.sum_rows, keep=True)
+        trace, book = self.run(problem, make)
+        with arithmetic(problem.device):
+            squares = book.squared_norms()
+            weights = weighting.weights(squares, problem.mask)
+            return book.weighted_sum(weights, bad_rows(squares, weights), weighting), squares, values(trace)

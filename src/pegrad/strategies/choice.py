@@ -59,7 +59,7 @@ def candidates(site: Site, x: Shape, g: Shape, timings: Timings) -> list[Candida
         measured = timings.get(timing_key(site, x, g, name))
         return nanoseconds(kernel.rates, kernel.work, device) if measured is None else measured
 
-    native = site.summing(x, g)
+    native = site.summing(x, g) if site.bounded else None
     native_time = time("native", native) if native else None
     found = []
     for name, kernel in site.stacking(x, g).items():
@@ -97,8 +97,14 @@ def choose(site: Site, x: Shape, g: Shape, timings: Timings, *, keep: bool) -> C
 
 def stack_kernel(site: Site, x: Tensor, g: Tensor) -> Kernel:
     """Pick the cheapest kernel that stacks a site's gradients, by estimate."""
-    kernels = site.stacking(tuple(x.shape), tuple(g.shape)).values()
-    return min(kernels, key=lambda kernel: nanoseconds(kernel.rates, kernel.work, x.device.type))
+    shapes = tuple(x.shape), tuple(g.shape)
+    return site.stacking(*shapes)[stack_name(site, *shapes, x.device.type)]
+
+
+def stack_name(site: Site, x: Shape, g: Shape, device: str) -> str:
+    """Name the kernel that `stack_kernel` picks."""
+    kernels = site.stacking(x, g)
+    return min(kernels, key=lambda name: nanoseconds(kernels[name].rates, kernels[name].work, device))
 
 
 def stacked_numbers(site: Site, kernel: Kernel, x: Shape) -> int:

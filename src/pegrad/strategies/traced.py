@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from pegrad.errors import ArgumentError
+from pegrad.numerics import full_precision, without_autocast
 from pegrad.rules import RULES
 from pegrad.rules.site import Rule, Site
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
@@ -68,13 +68,30 @@ class Traced(Strategy):
         apart: set[int] = set()
         while True:
             trace = self.trace(problem, apart)
+            if opaque := trace.opaque() - apart:
+                apart |= opaque
+                continue
             book = make_book(trace)
-            copies, leaks = trace.backward(torch.ones_like(trace.losses), book.receive, last=last)
-            leaked = {i for i, leaks_here in enumerate(leaks) if leaks_here}
+            leaked = self.run_back(problem, trace, book, last=last)
             if not leaked:
-                book.receive_copies(copies)
                 return trace, book
             apart |= leaked  # the loss uses them in a way that the trace cannot see
+
+    @staticmethod
+    def run_back(problem: Problem, trace: Trace, book: Book, *, last: bool = True) -> set[int]:
+        """Run a trace backward to a book; if that is not the whole of it, return the leaves that it misses."""
+
+        def receive(tapped: Tapped, x: Tensor, g: Tensor) -> None:
+            with full_precision():
+                book.receive(tapped, x, g)
+
+        with without_autocast(problem.device):
+            copies, leaks = trace.backward(receive, last=last)
+            leaked = {i for i, leaks_here in enumerate(leaks) if leaks_here}
+            if not leaked:
+                with full_precision():
+                    book.receive_copies(copies)
+        return leaked
 
     def trace(self, problem: Problem, apart: Collection[int] = ()) -> Trace:
         """Run the loss forward; of the leaves in `apart` each example gets a copy."""

@@ -18,6 +18,32 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def level() -> int | None:
+    """Return how deep in transforms of torch.func this runs; None outside of all."""
+    return torch._C._functorch.maybe_current_level()
+
+
+def physical(tensor: Tensor) -> Tensor:
+    """Return the tensor that lies in memory, whatever transforms have wrapped it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Tell whether a value is known not to depend on what the innermost `torch.func.grad` differentiates by.
+
+    Outside such a transform nothing is known. A tensor that requires a gradient of plain autograd's, such as a weight
+    that the loss took from a module, is a constant.
+    """
+    functorch = torch._C._functorch
+    interpreter = functorch.peek_interpreter_stack()
+    if interpreter is None or interpreter.key() != functorch.TransformType.Grad:
+        return False
+    inside = functorch.is_gradtrackingtensor(tensor) and functorch.maybe_get_level(tensor) == interpreter.level()
+    return not (inside and tensor.requires_grad)
+
+
 def whole_rows(tensor: Tensor) -> bool:
     """Tell whether the examples of a tensor lie one after the other in memory, whatever transforms wrap it."""
     functorch = torch._C._functorch

@@ -14,14 +14,22 @@ class Interception(TorchFunctionMode):
 
     Args:
         table: PyTorch functions, and what to call instead with the same arguments.
+
+    Attributes:
+        raised: the errors that functions raised, whether or not the block caught them.
     """
 
     def __init__(self, table: Mapping[Callable, Callable]) -> None:
         super().__init__()
         self.table = table
+        self.raised: list[Exception] = []
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by PyTorch in place of `func`."""
-        return self.table.get(func, func)(*args, **(kwargs or {}))
+        try:
+            return self.table.get(func, func)(*args, **(kwargs or {}))
+        except Exception as error:
+            self.raised.append(error)
+            raise

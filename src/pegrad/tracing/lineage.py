@@ -5,13 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
-# What these do to a gradient on its way back leaves its norm alone: they permute, reshape, cast, or add zeros.
-_ISOMETRIC = (
-    "TBackward", "TransposeBackward", "PermuteBackward", "MovedimBackward", "ViewBackward", "UnsafeViewBackward",
-    "ReshapeAliasBackward", "UnsqueezeBackward", "SqueezeBackward", "ToCopyBackward", "CloneBackward", "AliasBackward",
-    "SelectBackward", "SliceBackward", "SplitBackward", "SplitWithSizesBackward", "UnbindBackward",
-)  # fmt: skip
+# What these do to a gradient on its way back leaves its norm alone: each has one input, of which it permutes, reshapes
+# or casts every number, or picks some, each at most once. Whole names: a user's own `autograd.Function` called
+# `Transpose` is the node `TransposeBackward`, and a name that PyTorch adds one day must be read before it is believed.
+_ISOMETRIC = frozenset({
+    "TBackward0", "TransposeBackward0", "TransposeBackward1", "PermuteBackward0", "ViewBackward0",
+    "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1",
+    "SqueezeBackward2", "ToCopyBackward0", "CloneBackward0", "AliasBackward0", "SelectBackward0", "SliceBackward0",
+    "SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0",
+})  # fmt: skip
+
+
+_LEAF = "torch::autograd::AccumulateGrad"
 
 
 @dataclass(frozen=True)
@@ -22,30 +29,40 @@ class Lineage:
     """Indices of the parameter leaves that it depends on."""
     isometric: bool
     """Whether the norm of a gradient at the tensor is that of the gradient that it makes at its one leaf."""
+    linear: bool = True
+    """Whether the gradients at the leaves are known to be linear in the one at the tensor. A user's own
+    `autograd.Function` may do anything."""
+    cast: bool = False
+    """Whether there is a cast on the way, which a gradient goes through as well."""
 
 
 def lineage(tensor: Tensor, leaves: Mapping[int, int]) -> Lineage:
     """Find the leaves that a tensor was made of.
 
     Args:
-        tensor: a leaf, or the result of differentiable operations.
+        tensor: the result of differentiable operations, or a leaf of the graph.
         leaves: for each parameter leaf its index, by `id`.
     """
     if tensor.grad_fn is None:
-        return Lineage(frozenset({leaves[id(tensor)]}), True)
+        alone = id(tensor) in leaves
+        return Lineage(frozenset({leaves[id(tensor)]} if alone else ()), alone)
     found: set[int] = set()
-    isometric = True
+    isometric = linear = True
+    cast = False
     seen: set[Any] = set()
     stack = [tensor.grad_fn]
     while stack:
-        node = stack.pop()
+        node: Any = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if node.name() == _LEAF:  # not by its attributes: a user's node may have any
             if id(node.variable) in leaves:
                 found.add(leaves[id(node.variable)])
             continue
-        isometric &= node.name().startswith(_ISOMETRIC)
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
-    return Lineage(frozenset(found), isometric and len(found) == 1)
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        isometric &= node.name() in _ISOMETRIC and len(parents) == 1
+        linear &= not isinstance(node, BackwardCFunction)
+        cast |= node.name().startswith("ToCopyBackward")
+        stack += parents
+    return Lineage(frozenset(found), isometric and len(found) == 1, linear, cast)

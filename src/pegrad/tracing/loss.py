@@ -1,7 +1,5 @@
 """A user's loss, made into a function of plain lists of tensors that checks what it returns."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import optree
@@ -10,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad import trees
-from pegrad.errors import LeafError, LossError
+from pegrad.errors import LeafError, LossError, PegradError
+from pegrad.tracing.batched import is_constant
+from pegrad.tracing.explanations import explanation
 from pegrad.tracing.interception import Interception
 from pegrad.tracing.strided import STRIDED
 
@@ -32,6 +32,7 @@ class FlatLoss:
         self._params = params
         self._batch = batch
         self._aux: optree.PyTreeSpec | None = None
+        self._ran = self._depends = False
 
     def __call__(self, params: list[Tensor], example: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run the loss on one example.
@@ -40,10 +41,14 @@ class FlatLoss:
             LossError: the loss returned anything but a real scalar, or coupled examples by batch normalisation.
             LeafError: a leaf of aux is neither a tensor nor a number.
         """
-        with Interception(_REPLACEMENTS), _explain_captured_writes():
+        with Interception(_REPLACEMENTS) as interception:
             result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
+        for error in interception.raised:
+            if isinstance(error, PegradError) or explanation(error):
+                raise error  # the loss caught what the plain loop would not have raised, and took another path
         value, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         _check_scalar(value)
+        self._ran, self._depends = True, self._depends or not is_constant(value)
         leaves, self._aux = trees.flatten(aux)
         for path, leaf in zip(trees.paths(aux), leaves, strict=True):
             if not isinstance(leaf, Tensor | bool | int | float):
@@ -52,10 +57,32 @@ class FlatLoss:
                 )
         return value, [torch.as_tensor(leaf, device=value.device) for leaf in leaves]
 
+    def names(self) -> list[str]:
+        """Return the path of each parameter leaf, then of each leaf of the batch."""
+        return [
+            accessor.codify(root)
+            for root, spec in (("params", self._params), ("batch", self._batch))
+            for accessor in spec.accessors()
+        ]
+
+    def check_dependence(self) -> None:
+        """Raise `LossError` if the loss has run, and never depended on its parameters."""
+        if self._ran and not self._depends:
+            raise independent()
+
     def unflatten_aux(self, leaves: list[Tensor]) -> trees.PyTree:
         """Put the leaves of aux back into the structure that the loss returned last."""
         assert self._aux is not None, "the loss has not run"
         return trees.unflatten(self._aux, leaves)
+
+
+def independent() -> LossError:
+    """Make the error of a loss that depends on no parameter: its gradient is zero, and a step would be noise alone."""
+    return LossError(
+        "The loss does not depend on any leaf of params, so every gradient is zero. Does it call a module itself, "
+        "whose weights are its own, in place of torch.func.functional_call(module, params, ...)? Or does it cut the "
+        "graph (detach, no_grad, .item(), .data)?"
+    )
 
 
 def _check_scalar(value: Any) -> None:
@@ -69,20 +96,6 @@ def _check_scalar(value: Any) -> None:
         )
     if not value.is_floating_point():
         raise LossError(f"The loss returned a tensor of dtype {value.dtype}: {expected}")
-
-
-@contextmanager
-def _explain_captured_writes() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "mutate a captured Tensor" not in str(error):
-            raise
-        raise LossError(
-            "The loss writes in place to a tensor that it neither made nor was given, so it is not a pure function. "
-            "If that is a batch normalisation in training mode counting its batches: use group or layer "
-            "normalisation, or freeze the statistics (module.eval())"
-        ) from error
 
 
 def _refuse_batch_norm(
@@ -104,4 +117,11 @@ def _refuse_batch_norm(
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def _whole_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    """Run `F.linear_cross_entropy` in one piece: in chunks it works out gradients in a way that no transform sees."""
+    return F.linear_cross_entropy(*args, **kwargs)
+
+
 _REPLACEMENTS: dict[Any, Any] = {F.batch_norm: _refuse_batch_norm, **STRIDED}
+if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
+    _REPLACEMENTS[F.linear_cross_entropy] = _whole_cross_entropy

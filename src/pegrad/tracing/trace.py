@@ -6,9 +6,14 @@ output, from which the rule knows everything else, and the parameter itself is n
 makes of parameters alone stays unbatched, and is a parameter in turn. Where a parameter meets an operation without
 a rule, each example gets a copy of it for that use; what autograd returns for the copies is the stacked gradient.
 
-Every run is traced anew, so a loss may take another path each time.
+Every run is traced anew, so a loss may take another path each time. What could make the numbers wrong in silence is
+refused: a parameter, or what was made of one, changed in place after its use; a hook on a gradient, of which the rules
+know nothing; losses that no tap and no copy has any part in. Where the trace cannot follow (into a transform of
+torch.func inside the loss, or through a user's `autograd.Function` between a parameter and its use) it steps aside: the
+leaf then shows up in the backward pass, or is marked, and each example gets a copy of it in a second run.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +25,15 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from pegrad import trees
+from pegrad.errors import LossError
 from pegrad.rules.site import Rule, Site
-from pegrad.tracing.batched import is_batched, on_physical_batch
+from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
+from pegrad.tracing.lineage import lineage
+from pegrad.tracing.loss import independent
+from pegrad.tracing.sound import SOUND
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 
 Receive = Callable[["Tapped", Tensor, Tensor], None]
 """`(tapped, x, g)`: called in the backward pass with a tapped operation's input and the gradient at its output."""
@@ -77,12 +89,15 @@ class Trace(TorchFunctionMode):
         self.tapped: list[Tapped] = []
         self.copies: list[Copies] = []
         self._rules = rules
-        self._leaves = {id(leaf) for leaf in self.params}
+        self._leaves = {id(leaf): i for i, leaf in enumerate(self.params)}
+        self._made: dict[Any, bool] = {}
         self._copied: dict[int, Tensor] = {}
+        self._versions: list[tuple[Tensor, int, str]] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._line = _Line()
 
         def traced(example: list[Tensor], copies: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
+            self._level = level()
             with self:
                 return loss([copies.get(i, leaf) for i, leaf in enumerate(self.params)], example)
 
@@ -90,26 +105,32 @@ class Trace(TorchFunctionMode):
             copies = {i: self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart}
             rows = [leaf.detach() for leaf in batch]
             self.losses, aux = vmap(traced, randomness="different")(rows, copies)
+        self._check_versions()
         self.aux = [leaf.detach() for leaf in aux]
 
-    def backward(self, weights: Tensor, receive: Receive, *, last: bool = True) -> tuple[list[Tensor], list[bool]]:
-        """Run the backward pass from the weighted losses, down to taps and copies only.
+    def backward(self, receive: Receive, *, last: bool = True) -> tuple[list[Tensor], list[bool]]:
+        """Run the backward pass from every loss, down to taps and copies only.
 
         Args:
-            weights: `(B,)`.
             receive: called for every tapped operation that the loss depends on.
             last: whether the graph may be freed.
 
         Returns:
             For each of `copies`, the stacked gradient `(B, *source.shape)`; for each of `params`, whether the loss
             depends on it past all taps and copies, in which case what was received is not the whole gradient.
+
+        Raises:
+            LossError: the losses depend on no parameter at all.
         """
         if not self.losses.requires_grad:
-            return [torch.zeros_like(c.rows) for c in self.copies], [False] * len(self.params)
+            raise independent()
         rows = [c.rows for c in self.copies]
         inputs = [*rows, *self.params, self._anchor]
         with self._line.open(receive):
-            grads = torch.autograd.grad(self.losses, inputs, weights, retain_graph=not last, allow_unused=True)
+            ones = torch.ones_like(self.losses)
+            grads = torch.autograd.grad(self.losses, inputs, ones, retain_graph=not last, allow_unused=True)
+        if not self._line.sent and all(grad is None for grad in grads):
+            raise independent()
         stacked = [torch.zeros_like(r) if g is None else g for r, g in zip(rows, grads, strict=False)]
         return stacked, [g is not None for g in grads[len(rows) : -1]]
 
@@ -118,9 +139,20 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         """Called by PyTorch in place of `func`."""
         kwargs = kwargs or {}
+        if level() != self._level:  # inside a transform of the loss's own
+            return func(*args, **kwargs)
+        if func == _REQUIRES_GRAD and is_batched(args[0]):  # the wrapper says no; its rows know
+            return physical(args[0]).requires_grad
         tensors = [t for t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
         parameters = [t for t in tensors if self.is_parameter(t)]
         witness = next((t for t in tensors if is_batched(t)), None)
+        if witness is not None:
+            func = SOUND.get(func, func)
+        if func in _HOOKS and (parameters or witness is not None):
+            raise LossError(
+                f"The loss calls {func.__name__}, which may change gradients on their way back: use strategy='vmap' or "
+                "'naive'"
+            )
         rule = self._rules.get(func)
         if rule is not None and witness is not None:
             result = rule(self, *args, **kwargs)
@@ -129,6 +161,11 @@ class Trace(TorchFunctionMode):
         if not parameters or witness is None:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
+        if _writes(name) and args and args[0] is parameters[0]:
+            raise LossError(
+                f"The loss writes what differs from example to example into a tensor made of params alone ({name}): "
+                "build a new tensor instead (torch.stack, torch.where, a + b), or use strategy='naive'"
+            )
         copied = {id(p): self.expand(p, witness, name) for p in parameters}
 
         def replace(argument: Any) -> Any:
@@ -140,7 +177,35 @@ class Trace(TorchFunctionMode):
         """See `Recorder.is_parameter`."""
         if not isinstance(tensor, Tensor) or not tensor.requires_grad or is_batched(tensor):
             return False
-        return not tensor.is_leaf or id(tensor) in self._leaves
+        return id(tensor) in self._leaves if tensor.grad_fn is None else self._is_made(tensor)
+
+    def _is_made(self, tensor: Tensor) -> bool:
+        """Tell whether any parameter went into a tensor; what the loss closes over may have a graph of its own."""
+        node = tensor.grad_fn
+        if node not in self._made:
+            self._made[node] = bool(lineage(tensor, self._leaves).leaves)
+        return self._made[node]
+
+    def opaque(self) -> set[int]:
+        """Return the leaves with a user's `autograd.Function` on their way to a use.
+
+        Its backward need not be linear, so the gradient of a sum need not be the sum of gradients.
+        """
+        sources = [site.source for tapped in self.tapped for site in tapped.sites] + [c.source for c in self.copies]
+        lines = [lineage(source, self._leaves) for source in sources if source.grad_fn is not None]
+        return {leaf for line in lines if not line.linear for leaf in line.leaves}
+
+    def _note(self, source: Tensor, operation: str) -> None:
+        if id(source) not in self._leaves:  # the leaves themselves are checked under every strategy, by `Call`
+            self._versions.append((source, source._version, operation))
+
+    def _check_versions(self) -> None:
+        for source, version, operation in self._versions:
+            if source._version != version:
+                raise LossError(
+                    f"The loss changes in place a tensor made of params, after {operation} used it: make a new tensor "
+                    "(a = a * b in place of a.mul_(b)), or use strategy='naive'"
+                )
 
     def is_batched(self, tensor: Any) -> bool:
         """See `Recorder.is_batched`."""
@@ -163,6 +228,7 @@ class Trace(TorchFunctionMode):
         return self._copied[id(parameter)]
 
     def _copy(self, parameter: Tensor, batch: int, operation: str) -> Tensor:
+        self._note(parameter, operation)
         rows = parameter.detach().expand(batch, *parameter.shape).requires_grad_()
         self.copies.append(Copies(parameter, rows, operation))
         return rows
@@ -172,9 +238,16 @@ class Trace(TorchFunctionMode):
             return y
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
+        for site in sites:
+            self._note(site.source, site.operation)
         tapped = Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype)
         self.tapped.append(tapped)
         return _Tap.apply(y, self._anchor, x.detach(), self._line, tapped)
+
+
+def _writes(name: str) -> bool:
+    """Tell by its name whether a function changes its first argument: `mul_`, `__setitem__`, `__iadd__`."""
+    return bool(re.fullmatch(r"[a-z]\w*_|__setitem__|__i(add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor)__", name))
 
 
 class _Line:
@@ -186,6 +259,7 @@ class _Line:
 
     def __init__(self) -> None:
         self._receive: Receive | None = None
+        self.sent = False  # whether anything ever was
 
     @contextmanager
     def open(self, receive: Receive) -> Iterator[None]:
@@ -197,6 +271,7 @@ class _Line:
 
     def send(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
         if self._receive:
+            self.sent = True
             self._receive(tapped, x, g)
 
 

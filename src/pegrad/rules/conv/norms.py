@@ -1,12 +1,13 @@
 """Squared norms of a convolution's per-example weight gradients, without the gradients.
 
-Both kernels take `x` `(B, C, *size)` and `g` `(B, D, *output)` and return `(B,)`. With `u[t, u']` the product of two
-rows of the unfolded input,
+Both kernels take `x` `(B, C, *size)` and `g` `(B, D, *output)` and return two times `(B,)`. With `u[t]` a row of the
+unfolded input, the first is
 
     norm² = sum over positions t, t' of  (g[t] · g[t']) * (u[t] · u[t'])
 
-for each group of channels. They take a few examples at a time, or one example in blocks of rows of the two Gram
-matrices, so that memory is bounded whatever the number of positions.
+for each group of channels, and the second the part of it that has t = t': see `Site.norming`. They take a few examples
+at a time, or one example in blocks of rows of the two Gram matrices, so that memory is bounded whatever the number of
+positions.
 """
 
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor
 
+from pegrad.numerics import BLOCK
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.conv.kernels import windows
-from pegrad.rules.gram import BLOCK, few_at_a_time, gram_norm
+from pegrad.rules.gram import Squares, few_at_a_time, gram_norm
 
 
-def gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+def gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Squares:
     """Gram matrices of the im2col rows: about `T² (D + p)` multiply-adds.
 
     Source: Bu, Mao & Xu 2022, "ghost norm" for convolutions.
@@ -31,16 +33,17 @@ def gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     return few_at_a_time(partial(_gram_unfolded, geometry=geometry), x, g, numbers)
 
 
-def _gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+def _gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Squares:
     batch, nd, groups = x.shape[0], geometry.ndim, geometry.groups
     positions = prod(g.shape[2:])
     columns = windows(x.unflatten(1, (groups, -1)).flatten(0, 1), geometry)  # (B * groups, C / groups, *out, *kernel)
     rows = columns.permute(0, *range(2, 2 + nd), 1, *range(2 + nd, 2 + 2 * nd)).reshape(batch * groups, positions, -1)
     lines = g.reshape(batch * groups, -1, positions).mT
-    return gram_norm(rows, lines).reshape(batch, groups).sum(1)
+    squares, terms = gram_norm(rows, lines)
+    return squares.reshape(batch, groups).sum(1), terms.reshape(batch, groups).sum(1)
 
 
-def gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+def gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Squares:
     """Gram matrix of the raw padded input, box-filtered over the kernel offsets: no im2col.
 
     The product of two unfolded rows is a sum over kernel offsets of products of input positions, all of which are in
@@ -51,13 +54,13 @@ def gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     return few_at_a_time(partial(_gram_box, geometry=geometry), x, g, geometry.groups * pixels**2)
 
 
-def _gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+def _gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Squares:
     batch, groups, nd = x.shape[0], geometry.groups, geometry.ndim
     padded = F.pad(x, [width for p in reversed(geometry.padding) for width in (p, p)])
     size, output = padded.shape[2:], g.shape[2:]
     pixels = padded.reshape(batch * groups, -1, prod(size))
     lines = g.reshape(batch * groups, -1, *output)
-    total = x.new_zeros(batch * groups)
+    total, terms = x.new_zeros(batch * groups), x.new_zeros(batch * groups)
     for block in _row_blocks(geometry, batch * groups, size, output):
         top = block.start * geometry.stride[0]
         bottom = (block.stop - 1) * geometry.stride[0] + geometry.dilation[0] * (geometry.kernel[0] - 1) + 1
@@ -66,8 +69,10 @@ def _gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
         for axis in range(nd):
             products = _filter(products, axis + 1, axis + 1 + nd, geometry, axis)
         weights = lines[:, :, block].flatten(2).mT @ lines.flatten(2)
-        total += products.reshape(batch * groups, -1).mul_(weights.flatten(1)).sum(1)
-    return total.reshape(batch, groups).sum(1)
+        products = products.reshape(weights.shape).mul_(weights)
+        terms += products.diagonal(block.start * prod(output[1:]), dim1=1, dim2=2).sum(1)
+        total += products.flatten(1).sum(1)
+    return total.reshape(batch, groups).sum(1), terms.reshape(batch, groups).sum(1)
 
 
 def _filter(products: Tensor, row: int, column: int, geometry: Geometry, axis: int) -> Tensor:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from math import prod
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from pegrad.numerics import norm_bounds
 from pegrad.rules.conv import cost
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.conv.kernels import KERNELS
@@ -54,6 +56,23 @@ class ConvWeight(Site):
         work = cost.summing(*self._roles(x, g), self.geometry)
         return Kernel("native", work, lambda x, g: self.geometry.weight_gradient(*self._roles(x, g)))
 
+    def positions(self, x: Shape, g: Shape) -> int:
+        """See `Site.positions`."""
+        return self.images * prod(self._roles(x, g)[1][2:])
+
+    def amplitude(self, x: Tensor, g: Tensor) -> Tensor:
+        """See `Site.amplitude`; by Cauchy and Schwarz, each input being in as many windows as a kernel has numbers."""
+        bounds = (norm_bounds(x) * norm_bounds(g)).reshape(-1, self.images)
+        return bounds.sum(1) * prod(self.geometry.kernel) ** 0.5
+
+    def rows_at_a_time(self, positions: int) -> int:
+        """See `Site.rows_at_a_time`: a convolution's weight gradient adds naively over positions and examples."""
+        return max(1, 4096 // positions) if positions >= 256 else super().rows_at_a_time(positions)
+
+    def exact(self, x: Tensor, g: Tensor) -> Tensor:
+        """See `Site.exact`; by matrix products, for a float64 convolution is slow."""
+        return self._kernel(KERNELS["unfold"], self._by_example)(x, g)
+
     def weigh(self, x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `Site.weigh`."""
         return weigh_the_smaller(x, g, weights)
@@ -63,8 +82,8 @@ class ConvWeight(Site):
         return None if self.transposed else self.geometry.forward(x, parameter)
 
     def _kernel(
-        self, kernel: Callable[[Tensor, Tensor, Geometry], Tensor], finish: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor, Tensor], Tensor]:
+        self, kernel: Callable[[Tensor, Tensor, Geometry], Any], finish: Callable[[Any], Any]
+    ) -> Callable[[Tensor, Tensor], Any]:
         return lambda x, g: finish(kernel(*self._roles(x, g), self.geometry))
 
     def _roles(self, x: T, g: T) -> tuple[T, T]:

@@ -1,0 +1,99 @@
+"""Two sound bounds on what an event of dp-accounting costs, by its two accountants, for adding or removing an example.
+
+`pegrad.accounting` says which event a run of DP-SGD is; here an event and a delta become an epsilon.
+"""
+
+import math
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+# The interval of a discretised privacy loss, over epsilon. Its rounding over T steps is about T·interval²/8, and that
+# is kept small beside epsilon as well; the last number bounds the points of the grid.
+_INTERVAL, _ROUNDING, _POINTS = 5e-5, 1.25e-4, 2**18
+_LEAST_INTERVAL = 1e-5
+
+# Privacy loss distributions are composed by a Fourier transform to the power of T, whose rounding moves delta by up to
+# half of T·2^-52, measured over 2 to 10^7 steps against the Gaussian mechanism's closed form; charged eightfold.
+_TRANSFORM_ERROR = 4 * 2.0**-52
+
+# What is left of a privacy loss's weight where its distribution may end.
+_TAIL = 1e-15
+
+# Beyond, dp-accounting may take minutes, and its Rényi bound is all there is.
+_MOST_STEPS = 2**20
+
+# Where to begin for an event that the Rényi accountant does not know: at an interval of 1.
+_GUESS = 1 / _INTERVAL
+
+
+def rdp_epsilon(dp: ModuleType, event: "DpEvent", delta: float) -> float:
+    """Bound epsilon by Rényi divergences.
+
+    Raises:
+        UnsupportedEventError: the accountant does not know the event.
+    """
+    return float(_renyi(dp, event).get_epsilon(delta))
+
+
+def pld_epsilon(dp: ModuleType, event: "DpEvent", delta: float) -> float:
+    """Bound epsilon by privacy loss distributions and by Rényi divergences, and return the smaller bound.
+
+    Losses are rounded up to multiples of an interval, which suits the Rényi bound and is refined where the answer is
+    far below. A bound found at an interval that is too coarse would ask for one as coarse, and one fixed interval would
+    take minutes for a large epsilon and overstate a small one many times.
+
+    Raises:
+        UnsupportedEventError: the accountant does not know the event.
+    """
+    steps = _steps(dp, event)
+    try:
+        accountant = _renyi(dp, _without_sampling(dp, event))
+    except dp.UnsupportedEventError:
+        bound, guess, farthest = math.inf, _GUESS, 0.0
+    else:
+        bound = guess = float(accountant.get_epsilon(delta))
+        farthest = float(accountant.get_epsilon(min(delta, _TAIL)))  # no loss of weight is larger
+        if farthest > _POINTS or steps > _MOST_STEPS:
+            return bound
+    finest = max(_LEAST_INTERVAL, farthest / _POINTS)
+    while True:
+        interval = max(min(_INTERVAL * guess, math.sqrt(8 * _ROUNDING * guess / steps)), finest)
+        bound = min(bound, _pld_bound(dp, event, delta - steps * _TRANSFORM_ERROR, interval))
+        if bound == 0 or bound > guess / 2 or interval == finest:
+            return bound
+        guess = bound
+
+
+def _renyi(dp: ModuleType, event: "DpEvent") -> Any:
+    return dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event)
+
+
+def _pld_bound(dp: ModuleType, event: "DpEvent", delta: float, interval: float) -> float:
+    accountant = dp.pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, interval).compose(event)
+    return float(accountant.get_epsilon(delta)) if delta > 0 else math.inf
+
+
+def _steps(dp: ModuleType, event: "DpEvent") -> int:
+    """Count the mechanisms that an event composes, at least 1."""
+    if isinstance(event, dp.SelfComposedDpEvent):
+        return max(1, event.count * _steps(dp, event.event))
+    if isinstance(event, dp.ComposedDpEvent):
+        return max(1, sum(_steps(dp, each) for each in event.events))
+    return 1
+
+
+def _without_sampling(dp: ModuleType, event: "DpEvent") -> "DpEvent":
+    """Put in the place of truncated batches, which the Rényi accountant does not know, what costs more.
+
+    With one example more, a truncated batch has one more or swaps one: its sum moves by two sensitivities at most.
+    """
+    if isinstance(event, dp.SelfComposedDpEvent):
+        return dp.SelfComposedDpEvent(_without_sampling(dp, event.event), event.count)
+    if isinstance(event, dp.ComposedDpEvent):
+        return dp.ComposedDpEvent([_without_sampling(dp, each) for each in event.events])
+    if isinstance(event, dp.TruncatedSubsampledGaussianDpEvent):
+        return dp.GaussianDpEvent(event.noise_multiplier / 2)
+    return event

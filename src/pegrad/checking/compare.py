@@ -1,0 +1,306 @@
+"""Compare a strategy's answers with the loop's: errors relative to gradients and to the terms they are sums of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pegrad import trees
+from pegrad.call import Call
+from pegrad.checking.loop import Leaves, Loop, row_norms, run, seeded, whole_norms
+from pegrad.errors import ArgumentError, LossError
+from pegrad.per_example import Loss, clipped_grad, per_example_norm, per_example_value_and_grad
+from pegrad.strategies import Strategy
+from pegrad.trees import PyTree
+
+# The greatest relative error that passes for rounding, by the least precise dtype in which the loss computes.
+TOLERANCE = {
+    torch.float64: 1e-10,  # half a million roundings: any real fault is many orders above
+    torch.float32: 1e-4,  # a thousand roundings, and what the guarantee on the sensitivity allows for
+    torch.float16: 8e-3,  # eight roundings: sums over positions and examples are kept in float32
+    torch.bfloat16: 6e-2,  # the same
+}
+_GUARANTEED = 1e-4  # what the guarantee on the sensitivity leaves to the rounding of norms and sums, in any dtype
+_SHARE = 1e-3  # a leaf whose gradient is next to nothing is judged by this share of the whole gradient
+_PERTURBED = 8  # runs of the loop at slightly other parameters, before a difference is taken for a fault
+_FURTHER = 4.0  # how much further from the loop than those runs the strategy may be
+
+
+class Values(NamedTuple):
+    """Something for each example, each `(B,)` and in float64: distances between two answers, or sizes of terms."""
+
+    losses: Tensor
+    grads: Leaves  # one for each leaf
+    norms: Tensor
+
+    def over(self, unit: float) -> "Values":
+        """Divide by a number; what is not finite becomes zero."""
+        losses, norms, *grads = (torch.nan_to_num(t / unit, 0, 0, 0) for t in (self.losses, self.norms, *self.grads))
+        return Values(losses, grads, norms)
+
+    def join(self, other: "Values | None", by: Callable[[Tensor, Tensor], Tensor]) -> "Values":
+        """Combine with another, number by number."""
+        if other is None:
+            return self
+        grads = [by(a, b) for a, b in zip(self.grads, other.grads, strict=True)]
+        return Values(by(self.losses, other.losses), grads, by(self.norms, other.norms))
+
+
+class Errors(NamedTuple):
+    """Greatest relative errors of one comparison; NaN where none was made."""
+
+    dtype: str
+    tolerance: float
+    grads: list[float]
+    sums: list[float]
+    losses: float
+    norms: float
+    shunned: int = 0
+    """How many examples the strategy gave no weight, although their gradient is finite."""
+
+    @property
+    def wide_tolerance(self) -> float:
+        """What passes for rounding in norms and sums."""
+        return max(self.tolerance, _GUARANTEED)
+
+    def within(self) -> bool:
+        """Whether all are rounding."""
+        return not (
+            any(error > self.tolerance for error in (*self.grads, self.losses))
+            or any(error > self.wide_tolerance for error in (*self.sums, self.norms))
+        )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a strategy gives, in float64."""
+
+    losses: Tensor  # (B,)
+    grads: Leaves  # each (B, ...)
+    norms: Tensor  # (2, B): asked for by themselves, and beside the sum
+    sums: Leaves  # of clipped gradients
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loss, a strategy, and the arguments at which they are compared."""
+
+    loss: Loss
+    strategy: Strategy
+    params: PyTree
+    batch: PyTree
+
+    @classmethod
+    def of(cls, loss: Loss, params: PyTree, batch: PyTree, strategy: Strategy, examples: int) -> "Subject":
+        """Take a batch's first examples, once it is known to be one."""
+        trees.flatten_params(params)
+        if trees.flatten_batch(batch)[2] == 0:
+            raise ArgumentError("Expected a batch of at least one example to compare on, got an empty one")
+        rows = trees.map(lambda leaf: leaf[:examples].detach(), batch)
+        return cls(loss, strategy, trees.map(Tensor.detach, params), rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The least precise dtype among the parameters'."""
+        return max((leaf.dtype for leaf in trees.leaves(self.params)), key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(trees.leaves(self.batch)[0])
+
+    def names(self) -> list[str]:
+        """Return the path of each leaf, parameters before the batch's."""
+        return [f"params{path}" for path in trees.paths(self.params)] + [f"batch{p}" for p in trees.paths(self.batch)]
+
+    def to_float64(self) -> "Subject":
+        """Return the same with every floating-point leaf in float64."""
+
+        def wide(leaf: Tensor) -> Tensor:
+            return leaf.double() if leaf.is_floating_point() else leaf
+
+        return replace(self, params=trees.map(wide, self.params), batch=trees.map(wide, self.batch))
+
+    def perturbed(self, size: float, seed: int) -> "Subject":
+        """Return the same with every parameter changed by about `size` of itself."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def moved(leaf: Tensor) -> Tensor:
+            by = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
+            return (leaf.double() * (1 + size * by)).to(leaf.dtype)
+
+        return replace(self, params=trees.map(moved, self.params))
+
+    def loop(self, seed: int = 0) -> Loop:
+        """Run the plain loop.
+
+        Raises:
+            LossError: the loss changed an argument in place.
+        """
+        problem = Call.of(self.loss, self.params, self.batch, None).problem
+        loop = run(problem.loss, problem.params, problem.batch, seed)
+        if loop.changed:
+            names = self.names()
+            raise LossError(
+                f"The loss changes {', '.join(names[i] for i in loop.changed)} in place, so it is not a pure function: "
+                "make a new tensor (a = a * b in place of a.mul_(b); an activation with inplace=False)"
+            )
+        return loop
+
+    def answers(self, clip_norm: float | None, rows: slice = slice(None), seed: int = 0) -> Answers:
+        """Ask the strategy, with torch's generators started from the seed for each question.
+
+        Args:
+            clip_norm: the bound of the clipped sum; None: one that suits the strategy's own gradients.
+            rows: which examples.
+            seed: for example b of a batch of one it is `b`, as in the loop.
+        """
+
+        def ask(function: Callable[..., Any]) -> Any:
+            params, batch = trees.map(torch.clone, self.params), trees.map(lambda leaf: leaf[rows].clone(), self.batch)
+            with seeded(seed, trees.leaves(params)[0].device):
+                return function(params, batch)
+
+        stacked = ask(per_example_value_and_grad(self.loss, strategy=self.strategy))
+        grads = _double(stacked.grads)
+        clip_norm = clip_norm or _clip_norm(whole_norms(grads))
+        norms = ask(per_example_norm(self.loss, strategy=self.strategy))
+        clipped = ask(clipped_grad(self.loss, clip_norm=clip_norm, strategy=self.strategy))
+        both = torch.stack([norms.double(), clipped.norms.double()])
+        return Answers(stacked.losses.double(), grads, both, _double(clipped.grads))
+
+    def one_by_one(self, clip_norm: float) -> Answers:
+        """Ask the strategy for each example by itself, the generators started as in the loop."""
+        each = [self.answers(clip_norm, slice(b, b + 1), b) for b in range(self.size)]
+        losses, grads, norms, sums = zip(*((a.losses, a.grads, a.norms, a.sums) for a in each), strict=True)
+        return Answers(
+            torch.cat(losses),
+            [torch.cat(column) for column in zip(*grads, strict=True)],
+            torch.cat(norms, 1),
+            [torch.stack(column).sum(0) for column in zip(*sums, strict=True)],
+        )
+
+
+def compare(
+    subject: Subject, loop: Loop, reference: Loop, terms: Values | None = None, *, alone: bool = False
+) -> Errors:
+    """Compare a strategy's answers with a reference.
+
+    Args:
+        subject: what to ask.
+        loop: the plain loop at the subject's arguments, which says what is finite and how precise it can be.
+        reference: what the answers should be: `loop`, or the loop in float64.
+        terms: how large the terms are that losses, gradients and norms are sums of, as far as known.
+        alone: whether to ask for one example at a time.
+    """
+    clip_norm = _clip_norm(reference.norms[loop.finite])
+    answers = subject.one_by_one(clip_norm) if alone else subject.answers(clip_norm)
+    errors = _errors(subject, answers, reference, clip_norm, terms, loop)
+    if errors.within():
+        return errors
+    # What lies within rounding of a kink or a tie may fall to either side. Is the strategy further away than the loop
+    # at parameters that differ by a few roundings?
+    size = 4 * torch.finfo(loop.narrowest).eps
+    for seed in range(_PERTURBED):
+        moved = distance_of(subject.perturbed(size, seed).loop(), loop).over(errors.tolerance / _FURTHER)
+        terms = moved.join(terms, torch.maximum)
+    return _errors(subject, answers, reference, clip_norm, terms, loop)
+
+
+def compare_random(subject: Subject, loop: Loop) -> Errors:
+    """Compare each example by itself with the loop, and norms and sum of several with the strategy's own gradients.
+
+    Args:
+        subject: what to ask; its loss draws random numbers.
+        loop: the plain loop at the subject's arguments.
+
+    Returns:
+        Errors that are NaN where the strategy drew other numbers than the loop: its losses differ.
+    """
+    alone = compare(subject, loop, loop, alone=True)
+    if alone.losses > alone.tolerance:
+        nothing = [float("nan")] * len(alone.grads)
+        alone = alone._replace(losses=nothing[0], norms=nothing[0], grads=nothing, sums=nothing)
+    together = subject.answers(None)
+    norms = whole_norms(together.grads)
+    own = replace(loop, losses=together.losses, grads=together.grads, finite=norms.isfinite())
+    several = _errors(subject, together, own, _clip_norm(norms[own.finite]), None, own)
+    sums = list(map(worse, alone.sums, several.sums))
+    return alone._replace(sums=sums, norms=worse(alone.norms, several.norms))
+
+
+def _errors(
+    subject: Subject, answers: Answers, reference: Loop, clip_norm: float, terms: Values | None, loop: Loop
+) -> Errors:
+    """Say how far answers are from a reference, on the examples that are finite in the loop."""
+    keep = loop.finite
+    given = answers.norms[1]  # beside a sum, a strategy may mistrust a row and leave it out: the norm is infinite
+    weighed = reference.finite & (keep | given.isfinite()) & ~given.isposinf()
+    unknown = bool((given.isfinite() & ~reference.finite).any())  # half precision overflows in the loop alone
+    norms = reference.norms
+    distance = distance_of(answers, reference)
+    sizes = Values(reference.losses.abs(), [row_norms(g) + _SHARE * norms for g in reference.grads], norms)
+    sizes = sizes.join(terms, torch.add)
+    weights = (clip_norm / norms).clamp(max=1)[weighed]
+    sums = []
+    for found, grad, size in zip(answers.sums, reference.grads, sizes.grads, strict=True):
+        exact = torch.tensordot(weights, grad[weighed], 1)
+        error = _worst(_rows_apart(found[None], exact[None]), (weights @ size[weighed])[None])
+        sums.append(float("nan") if unknown else error)
+    overflown = ~loop.losses.isfinite() & ~answers.losses.isfinite()
+    length = whole_norms([leaf.double()[None] for leaf in trees.leaves(subject.params)])
+    return Errors(
+        dtype_name(subject.dtype),
+        TOLERANCE[loop.narrowest],
+        [_worst(d[keep], s[keep]) for d, s in zip(distance.grads, sizes.grads, strict=True)],
+        sums,
+        # Rounding the parameters alone moves a loss by its gradient times their length.
+        _worst(distance.losses.masked_fill(overflown, 0)[keep], (sizes.losses + norms * length)[keep]),
+        _worst(distance.norms[weighed & keep], sizes.norms[weighed & keep]),
+        int((keep & ~weighed).sum()),
+    )
+
+
+def distance_of(a: Answers | Loop, b: Loop) -> Values:
+    """Say how far two answers are apart, example by example."""
+    grads = [_rows_apart(x, y) for x, y in zip(a.grads, b.grads, strict=True)]
+    norms = (a.norms - b.norms).abs()
+    equal = (a.losses == b.losses) | a.losses.isnan() & b.losses.isnan()
+    return Values((a.losses - b.losses).abs().masked_fill(equal, 0), grads, norms.amax(0) if norms.dim() > 1 else norms)
+
+
+def _rows_apart(a: Tensor, b: Tensor) -> Tensor:
+    """Distances of the rows of two tensors `(B, ...)`; infinite if they differ in shape."""
+    return row_norms(a - b) if a.shape == b.shape else b.new_full(b.shape[:1], torch.inf)
+
+
+def _worst(distance: Tensor, size: Tensor) -> float:
+    """Return the greatest ratio; nothing over nothing is 0, what is not a number or not there is infinitely wrong."""
+    if len(distance) == 0:
+        return float("inf")
+    ratio = torch.where(distance == 0, 0.0, distance / size)
+    return float(ratio.masked_fill(ratio.isnan(), torch.inf).max())
+
+
+def _clip_norm(norms: Tensor) -> float:
+    """Find a bound that some norms exceed and some do not; of one alone, half of it."""
+    ordered = norms[norms.isfinite() & (norms > 0)].sort().values
+    middle = len(ordered) // 2
+    bound = float(ordered[middle - 1 : middle + 1].mean() if middle else ordered.sum() / 2)
+    return min(max(bound, 1e-9), 1e9)  # what a clip norm may be
+
+
+def _double(tree: PyTree) -> Leaves:
+    return [leaf.double() for leaf in trees.leaves(tree)]
+
+
+def worse(a: float, b: float) -> float:
+    """Return the greater of two errors, where NaN says that there is none."""
+    return b if a != a else a if b != b else max(a, b)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as users write it, without `torch`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,158 @@
+"""Keys: 256 secret bits that a run's noise and draws come from, and how keys are derived from each other.
+
+Whoever has a key can make the noise again and subtract it. So a key is a tensor that prints as `key(…)`, alone or in
+whatever holds it, and so does all that is made of its bytes: a copy, a slice, a stack of keys.
+"""
+
+import hashlib
+import operator
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import get_default_nowrap_functions
+
+from pegrad.errors import ArgumentError
+
+KEY_BYTES = 32
+
+
+class Key(Tensor):
+    """A `uint8` tensor of shape (32,) that does not print its values. Made by `pegrad.random.key`.
+
+    It is saved and loaded like any tensor, and what else is computed from it (a comparison, a sum) is a plain tensor.
+    `tolist`, `item` and `numpy` give the values themselves, and so does a file that a key is saved in.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation as on plain tensors, and hide the bytes that it returns."""
+        result = Tensor.__torch_function__(func, (), args, kwargs)
+        return result if func in get_default_nowrap_functions() else _hide(result)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return "key(…)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Key":
+        return memo.setdefault(id(self), self.clone())
+
+
+torch.serialization.add_safe_globals([Key])  # for torch.load's default, weights_only=True
+
+
+def key(seed: int | None = None) -> Key:
+    """Make a key from the operating system's entropy, or from a seed.
+
+    Args:
+        seed: None, for a run that is private. Otherwise a non-negative integer of any size, hashed to 256 bits, to
+            repeat an experiment: a run from a seed is private only from those who cannot guess it.
+
+    Returns:
+        The key, `uint8` of shape (32,), on the CPU. Keep it secret, and the seed with it: whoever has either can
+        subtract the noise.
+
+    Raises:
+        ArgumentError: the seed is negative or not an integer.
+
+    Example:
+        >>> key(0)
+        key(…)
+        >>> bool((key(0) == key(0)).all()), bool((key(0) == key(1)).all())
+        (True, False)
+    """
+    if seed is None:
+        return as_key(secrets.token_bytes(KEY_BYTES))
+    return as_key(derive(b"", b"pegrad seed", natural("seed", seed)))
+
+
+def check_key(key: Tensor) -> None:
+    """Refuse what is not a key.
+
+    Raises:
+        ArgumentError: `key` is not a `uint8` tensor of shape (32,).
+    """
+    if not isinstance(key, Tensor):
+        raise ArgumentError(f"Expected a key, got {type(key).__name__}; pegrad.random.key makes one.")
+    if key.dtype != torch.uint8 or key.shape != (KEY_BYTES,):
+        raise ArgumentError(
+            f"Expected a key, torch.uint8 of shape ({KEY_BYTES},), got {key.dtype} of shape "
+            f"{tuple(key.shape)}; pegrad.random.key makes one."
+        )
+
+
+def fold_in(key: Tensor, data: int) -> Key:
+    """Derive the key that belongs to a number: a step, an epoch, the index of a leaf.
+
+    Args:
+        key: the parent key, `uint8` of shape (32,).
+        data: a non-negative integer of any size; different numbers give independent keys.
+
+    Returns:
+        The derived key, `uint8` of shape (32,), on the CPU. Like its parent, it must stay secret.
+
+    Raises:
+        ArgumentError: `key` is not a key, or `data` is negative or not an integer.
+    """
+    return as_key(derive(key_bytes(key), b"pegrad fold_in", natural("data", data)))
+
+
+def split(key: Tensor, num: int = 2) -> tuple[Key, ...]:
+    """Derive several independent keys, none of them reachable by `fold_in`.
+
+    Args:
+        key: the parent key, `uint8` of shape (32,).
+        num: how many keys, at least 1.
+
+    Returns:
+        `num` keys, each `uint8` of shape (32,), on the CPU.
+
+    Raises:
+        ArgumentError: `key` is not a key, or `num` is not a positive integer.
+
+    Example:
+        >>> noise_key, sample_key = split(key(0))
+    """
+    if natural("num", num) < 1:
+        raise ArgumentError(f"Expected num >= 1 keys to split into, got num={num}.")
+    parent = key_bytes(key)
+    return tuple(as_key(derive(parent, b"pegrad split", index)) for index in range(operator.index(num)))
+
+
+def derive(key: bytes, purpose: bytes, data: int) -> bytes:
+    """Derive 256 bits from a key, a purpose of at most 16 bytes and a number of any size, by keyed BLAKE2b."""
+    encoded = data.to_bytes((data.bit_length() + 7) // 8, "little")
+    return hashlib.blake2b(encoded, digest_size=KEY_BYTES, key=key, person=purpose).digest()
+
+
+def as_key(digest: bytes) -> Key:
+    """Make a key of 32 bytes."""
+    return torch.tensor(list(digest), dtype=torch.uint8, device="cpu").as_subclass(Key)
+
+
+def key_bytes(key: Tensor) -> bytes:
+    """Return the 32 bytes of a key, having checked that it is one."""
+    check_key(key)
+    return bytes(key.tolist())
+
+
+def natural(name: str, value: int) -> int:
+    """Return an integer, having checked that it is one and not negative."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"Expected {name} to be an integer, got {type(value).__name__}.") from None
+    if number < 0:
+        raise ArgumentError(f"Expected {name} >= 0, got {name}={number}.")
+    return number
+
+
+def _hide(result: Any) -> Any:
+    """Make keys of the byte tensors that an operation on a key returned."""
+    if isinstance(result, Tensor):
+        hidden = isinstance(result, Key) or result.dtype != torch.uint8
+        return result if hidden else result.as_subclass(Key)
+    if isinstance(result, tuple | list):
+        return type(result)(map(_hide, result))
+    return result

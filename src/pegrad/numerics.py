@@ -1,0 +1,135 @@
+"""Arithmetic that a guarantee rests on: which dtype, which order, and nothing that lowers either behind our back.
+
+What the rounding of it amounts to, and why, is in `docs/rounding.md`.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 21
+"""Numbers that a computation in parts holds at a time: what bounds its memory, and keeps it in the cache."""
+
+FLOAT32_ROWS = 256
+"""Up to so many rows, a sum over a batch of float32 gradients is a float32; over more rows it is a float64.
+
+One example moves a sum of B clipped gradients by at most the bound of one. The last place of a float32 sum is worth
+up to B · 2^-24 of that bound: 1.5e-5 for 256 rows, 6% for a million.
+"""
+
+_SEGMENT = 1 << 12  # `vector_norm` adds naively: over this many numbers that is harmless
+_FEW = 32  # rows that a float32 contraction adds before it starts anew, for the same reason
+_TINY = 2.0**-63  # the square of less than this is lost in float32
+
+
+def accumulator(dtype: torch.dtype, rows: int = 1) -> torch.dtype:
+    """Return the dtype in which a sum over so many rows of that dtype is kept: at least float32."""
+    if rows > FLOAT32_ROWS:
+        return torch.float64
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widen(t: Tensor) -> Tensor:
+    """Turn half precision to float32; integers and wider numbers stay as they are."""
+    return t.to(accumulator(t.dtype)) if t.is_floating_point() else t
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Sum of squares of each row, `(B, ...)` to `(B,)`, in float64.
+
+    It is infinite where a number's square overflows, and right to 1e-6 where the norm is above 1e-16 times the root of
+    the row's length.
+    """
+    flat = widen(rows).reshape(
+        rows.shape[0], -1
+    )  # by way of norms, which need no second array of the size of the first
+    whole = flat.shape[1] // _SEGMENT * _SEGMENT
+    parts = [flat[:, whole:]] if whole < flat.shape[1] else []
+    if whole:
+        parts.append(flat[:, :whole].unflatten(1, (-1, _SEGMENT)))
+    squares = [torch.linalg.vector_norm(part, dim=-1).double().square().reshape(len(flat), -1).sum(1) for part in parts]
+    return sum(squares, start=torch.zeros(len(flat), dtype=torch.float64, device=rows.device))
+
+
+def norm_bounds(rows: Tensor) -> Tensor:
+    """Bound each row's norm from above, `(B, ...)` to `(B,)`, in float64, numbers whose squares vanish included."""
+    numbers = rows[0].numel() if len(rows) else 0
+    return squared_norms(rows).sqrt() * (1 + 1e-5) + _TINY * numbers**0.5
+
+
+def contract(weights: Tensor, rows: Tensor, bad: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sum rows by weights.
+
+    Args:
+        weights: `(B,)`.
+        rows: `(B, ...)`.
+        bad: `(B,)`, boolean: rows that are left out altogether, whatever they hold; None: no such row.
+        dtype: of the sum, at least that of `rows`. In float64 every product is; float32 products are added a few rows
+            at a time.
+
+    Returns:
+        A tensor of the shape of a row.
+    """
+    numbers = rows[0].numel()
+    step = max(1, BLOCK // max(1, numbers)) if dtype == torch.float64 else _FEW
+    weights = weights.to(dtype)
+    total: Tensor | None = None
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        part = part.reshape(len(part), -1).to(dtype)
+        part = part if bad is None else part.masked_fill(bad[start : start + step, None], 0)
+        summed = weights[start : start + step] @ part
+        total = summed if total is None else total + summed
+    assert total is not None, "a batch has at least one row"
+    return total.reshape(rows.shape[1:])
+
+
+def by_example(t: Tensor, weights: Tensor) -> Tensor:
+    """Multiply a tensor with one or several rows an example by the examples' weights, `(B,)`."""
+    return t * _spread(weights.to(t.dtype), t)
+
+
+def zero_rows(t: Tensor, rows: Tensor | None) -> Tensor:
+    """Set the marked examples' rows to zero, of a tensor with one or several rows an example; integers stay."""
+    if rows is None or not t.is_floating_point():
+        return t
+    return t.masked_fill(_spread(rows, t), 0)
+
+
+def take_rows(t: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """Take the examples at some indices, of a tensor with one or several rows an example."""
+    several = t.shape[0] // batch
+    if several == 1:
+        return t[rows]
+    return t.unflatten(0, (batch, several))[rows].flatten(0, 1)
+
+
+def _spread(values: Tensor, t: Tensor) -> Tensor:
+    return values.repeat_interleave(t.shape[0] // values.shape[0]).reshape(-1, *[1] * (t.dim() - 1))
+
+
+@contextmanager
+def arithmetic(device: torch.device) -> Iterator[None]:
+    """Run a block of our own arithmetic in the dtypes that it names, whatever the caller has set for the loss."""
+    with without_autocast(device), full_precision():
+        yield
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Run a block in the dtypes that it names."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Run a block with float32 products that are float32: no TF32, no bfloat16 in their place."""
+    with ExitStack() as settings:
+        if torch.get_float32_matmul_precision() != "highest":
+            settings.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        cudnn = torch.backends.cudnn
+        if torch.cuda.is_initialized() and cudnn.allow_tf32:
+            settings.enter_context(cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, False, False))
+        yield

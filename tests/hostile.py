@@ -1,0 +1,242 @@
+"""Batches that are made to move a clipped sum further than its sensitivity, and the measure of how far they do."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pegrad
+
+NAMESPACE = "pegrad"
+
+
+class Attack(NamedTuple):
+    """A loss, its parameters, a batch of ordinary examples, and one that is not."""
+
+    loss: Callable[[Any, Any], Tensor]
+    params: Any
+    batch: Any
+    row: Any
+    clip_norm: float = 1.0
+
+
+ATTACKS: dict[str, Callable[[], Attack]] = {}
+
+
+def attack(make: Callable[[], Attack]) -> Callable[[], Attack]:
+    ATTACKS[make.__name__] = make
+    return make
+
+
+def stacked_with(batch: Any, row: Any, at: int) -> Any:
+    """Put a row into a batch."""
+    return optree.tree_map(lambda t, r: torch.cat([t[:at], r[None], t[at:]]), batch, row, namespace=NAMESPACE)
+
+
+def movement(attack: Attack, strategy: Any, *, at: int = 0, microbatch_size: Any = None, **options: Any) -> float:
+    """How far the row moves the clipped sum, over the sensitivity: the larger of absence and masking."""
+    function = pegrad.clipped_grad(
+        attack.loss, clip_norm=attack.clip_norm, strategy=strategy, microbatch_size=microbatch_size, **options
+    )
+    batch = stacked_with(attack.batch, attack.row, at)
+    rows = optree.tree_leaves(batch, namespace=NAMESPACE)[0].shape[0]
+    whole = function(attack.params, batch).grads
+    mask = torch.arange(rows) != at
+    return (
+        max(
+            distance(whole, function(attack.params, attack.batch).grads),
+            distance(whole, function(attack.params, batch, mask).grads),
+        )
+        / function.sensitivity
+    )
+
+
+def distance(a: Any, b: Any) -> float:
+    """Euclidean distance over all leaves, in float64."""
+    leaves = [optree.tree_leaves(tree, namespace=NAMESPACE) for tree in (a, b)]
+    squares = [(x.double() - y.double()).square().sum() for x, y in zip(*leaves, strict=True)]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+def bilinear(params: Tensor, example: tuple[Tensor, Tensor]) -> Tensor:
+    """Positions `(T, D)` and upstream gradients `(T, p)`: the gradient is `gᵀ x`, whatever both are."""
+    x, g = example
+    return (F.linear(x, params) * g).sum()
+
+
+def convolution(params: Tensor, example: tuple[Tensor, Tensor]) -> Tensor:
+    image, g = example
+    return (F.conv2d(image, params, padding=1) * g).sum()
+
+
+def embedding(params: Tensor, example: tuple[Tensor, Tensor]) -> Tensor:
+    tokens, g = example
+    return (F.embedding(tokens, params) * g).sum()
+
+
+def ordinary(*shape: int) -> Tensor:
+    return torch.randn(shape) / shape[-1] ** 0.5
+
+
+@attack
+def tokens_that_cancel():
+    g = torch.zeros(2, 4)
+    g[0, 0], g[1, 0] = 1e14, -1e14
+    batch = torch.zeros(256, 2, dtype=torch.int64), torch.full((256, 2, 4), 1.0)
+    return Attack(embedding, torch.zeros(3, 4), batch, (torch.zeros(2, dtype=torch.int64), g))
+
+
+@attack
+def tokens_that_cancel_a_little():
+    g = torch.zeros(2, 4)
+    g[0, 0], g[1, 0] = 1e7, -1e7
+    batch = torch.zeros(256, 2, dtype=torch.int64), torch.full((256, 2, 4), 1.0)
+    return Attack(embedding, torch.zeros(3, 4), batch, (torch.zeros(2, dtype=torch.int64), g))
+
+
+@attack
+def positions_that_cancel():
+    g = torch.tensor([[1e14], [-1e14]]).expand(2, 3)
+    batch = torch.ones(100, 2, 4), torch.ones(100, 2, 3)
+    return Attack(bilinear, torch.zeros(3, 4), batch, (torch.ones(2, 4), g))
+
+
+@attack
+def many_positions_that_cancel_by_halves():
+    g = torch.full((1024, 64), 300.0)
+    g[512:] *= -1
+    batch = torch.ones(64, 1024, 64), torch.ones(64, 1024, 64)
+    return Attack(bilinear, torch.zeros(64, 64), batch, (torch.ones(1024, 64), g))
+
+
+@attack
+def a_constant_image():
+    g = torch.full((8, 8, 8), 1e9)
+    g[:, ::2] *= -1
+    batch = ordinary(64, 4, 8, 8), ordinary(64, 8, 8, 8)
+    return Attack(convolution, torch.zeros(8, 4, 3, 3), batch, (torch.ones(4, 8, 8), g))
+
+
+@attack
+def constant_images_in_a_wide_layer():
+    g = torch.full((64, 8, 8), 1e5)
+    g[:, ::2] *= -1
+    batch = torch.ones(32, 64, 8, 8), torch.ones(32, 64, 8, 8)
+    return Attack(convolution, torch.zeros(64, 64, 3, 3), batch, (torch.ones(64, 8, 8), g))
+
+
+def common_component(size: float, positions: int, width: int) -> Attack:
+    torch.manual_seed(1)
+    x = torch.randn(positions, width) + size * torch.randn(width)
+    g = torch.randn(positions, width)
+    g = g - g.mean(0)
+    batch = ordinary(6, positions, width), ordinary(6, positions, width)
+    return Attack(bilinear, torch.zeros(width, width), batch, (x, g))
+
+
+for _size in (1.0, 3.0, 10.0, 1e4, 1e7, 1e12):
+    ATTACKS[f"a_common_component_of_{_size:g}"] = lambda size=_size: common_component(size, 8, 512)
+
+
+@attack
+def a_faint_difference_on_a_common_component():
+    torch.manual_seed(1)
+    x = 1e-3 * torch.randn(8, 1024) + torch.randn(1024)
+    g = torch.randn(8, 1024)
+    return Attack(bilinear, torch.zeros(1024, 1024), (ordinary(4, 8, 1024), ordinary(4, 8, 1024)), (x, g - g.mean(0)))
+
+
+@attack
+def a_negative_square_beside_another_leaf():
+    def loss(params, example):
+        return bilinear(params["w"], example[:2]) + (params["v"] * example[2]).sum()
+
+    torch.manual_seed(1)
+    common = 3e4 * torch.randn(512)
+    x = common + torch.randn(8, 512)
+    g = torch.randn(8, 512)
+    row = (x, g - g.mean(0), torch.full((4,), 1000.0))
+    batch = (ordinary(4, 8, 512), ordinary(4, 8, 512), torch.ones(4, 4))
+    return Attack(loss, {"w": torch.zeros(512, 512), "v": torch.zeros(4)}, batch, row)
+
+
+@attack
+def products_that_vanish():
+    torch.manual_seed(0)
+    x, g = 1.2e19 * torch.randn(64, 256), 2e-23 * torch.randn(64, 256)
+    batch = ordinary(4, 64, 256), ordinary(4, 64, 256)
+    return Attack(bilinear, torch.zeros(256, 256), batch, (x, g), clip_norm=1e-3)
+
+
+@attack
+def products_that_overflow():
+    x, g = torch.full((4, 8), 1e25), torch.full((4, 8), 1e-10)
+    return Attack(bilinear, torch.zeros(8, 8), (ordinary(4, 4, 8), ordinary(4, 4, 8)), (x, g))
+
+
+@attack
+def a_tiny_gradient():
+    x, g = torch.full((4, 8), 1e-25), torch.full((4, 8), 1e25)
+    return Attack(bilinear, torch.zeros(8, 8), (ordinary(4, 4, 8), ordinary(4, 4, 8)), (x, g))
+
+
+@attack
+def a_gradient_that_weight_normalisation_leaves_out():
+    def loss(params, example):
+        x, g = example
+        v = params["v"]
+        return (F.linear(x, v / v.norm(dim=1, keepdim=True)) * g).sum()
+
+    torch.manual_seed(0)
+    v = torch.randn(16, 16)
+    x = 1e12 * v / v.norm(dim=1, keepdim=True)  # radial: what normalisation removes
+    batch = ordinary(64, 16, 16), ordinary(64, 16, 16)
+    return Attack(loss, {"v": v}, batch, (x, torch.eye(16)))
+
+
+@attack
+def a_tied_leaf_whose_uses_cancel():
+    def loss(params, example):
+        x, g = example
+        return ((F.linear(x, params) - F.linear(x.flip(0), params)) * g).sum()
+
+    x = torch.tensor([[1e10, 0.0], [1e10, 0.0]])
+    batch = ordinary(100, 2, 2), ordinary(100, 2, 3)
+    return Attack(loss, torch.zeros(3, 2), batch, (x, torch.ones(2, 3)))
+
+
+@attack
+def a_backward_function_that_is_not_linear():
+    class Sign(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, g):
+            return g.sign()
+
+    def loss(params, x):
+        return (Sign.apply(F.linear(x, params)) * 1e-3).sum() * 1.0
+
+    return Attack(loss, torch.zeros(8, 8), ordinary(8, 8), torch.full((8,), 100.0))
+
+
+@attack
+def a_half_normalised_parameter():
+    def loss(params, x):
+        return (x * (params / params.norm())).sum()
+
+    torch.manual_seed(0)
+    p = torch.randn(64).bfloat16()
+    batch = torch.randn(300, 64).bfloat16()
+    return Attack(loss, p, batch, batch[0] * 3)

@@ -1,0 +1,110 @@
+"""A search for the worst example: hypothesis climbs towards whatever moves the clipped sum furthest."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings, target
+from hypothesis import strategies as st
+
+import hostile
+import pegrad
+from hostile import Attack, movement
+
+LIMIT = 1 + 1e-4
+STRATEGIES = ["ghost", "book_keeping", "vmap"]
+LOSSES = {"bilinear": hostile.bilinear, "convolution": hostile.convolution, "embedding": hostile.embedding}
+
+
+def exponents(least, greatest):
+    return st.floats(least, greatest).map(lambda e: 10.0**e)
+
+
+@st.composite
+def attacks(draw):
+    """Batches that vary in all that rounding depends on: sizes, scales, what terms share, how they cancel."""
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    kind = draw(st.sampled_from(["bilinear", "convolution", "embedding", "tied", "normalised"]))
+    rows, width, out = draw(st.integers(1, 80)), draw(st.integers(1, 96)), draw(st.integers(1, 48))
+    side = draw(st.integers(1, 10))
+    positions = side * side
+    common = draw(st.one_of(st.just(0.0), exponents(-3, 16)))
+    scale, gradient = draw(exponents(-22, 18)), draw(exponents(-22, 18))
+    sign = draw(st.sampled_from(["random", "zero sum", "alternating", "halves", "same"]))
+    ordinary = draw(exponents(-3, 4))
+
+    def inputs(count, *shape):
+        return torch.randn(count, *shape) + draw(st.sampled_from([0.0, 1.0]))
+
+    def upstream(*shape):
+        g = torch.randn(shape)
+        if sign == "zero sum":
+            g = g - g.mean(0)
+        elif sign != "random":
+            g = g.abs()
+            if sign == "alternating":
+                g[1::2] = -g[: len(g) // 2 * 2 : 2]
+            elif sign == "halves":
+                half = len(g) // 2
+                g[half : 2 * half] = -g[:half]
+        return gradient * g
+
+    x = scale * (torch.randn(positions, width) + common * torch.randn(width))
+    g = upstream(positions, out)
+    batch_x, batch_g = inputs(rows, positions, width), ordinary * torch.randn(rows, positions, out)
+    if kind == "convolution":
+        image, maps = (t.T.reshape(-1, side, side) for t in (x, g))
+        batch = (b.mT.reshape(rows, -1, side, side) for b in (batch_x, batch_g))
+        return Attack(hostile.convolution, torch.zeros(out, width, 3, 3), tuple(batch), (image, maps))
+    if kind == "embedding":
+        tokens = torch.randint(3, (rows + 1, positions))
+        return Attack(hostile.embedding, torch.zeros(3, out), (tokens[1:], batch_g), (tokens[0], g))
+    if kind == "tied":
+        return Attack(_tied, torch.zeros(out, width), (batch_x, batch_g), (x, g))
+    if kind == "normalised":
+        return Attack(_normalised, torch.randn(out, width), (batch_x, batch_g), (x, g))
+    return Attack(hostile.bilinear, torch.zeros(out, width), (batch_x, batch_g), (x, g))
+
+
+def _tied(params, example):
+    x, g = example
+    return ((F.linear(x, params) - F.linear(x.roll(1, 0), params)) * g).sum()
+
+
+def _normalised(params, example):
+    x, g = example
+    return (F.linear(x, params / params.norm(dim=1, keepdim=True)) * g).sum()
+
+
+def check(strategy, attack, at, clip_norm):
+    found = movement(attack._replace(clip_norm=clip_norm), strategy, at=min(at, len(attack.batch[1])))
+    target(min(found, 10.0), label=strategy)
+    assert found <= LIMIT
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(attack=attacks(), at=st.integers(0, 80), clip_norm=exponents(-3, 3))
+def test_no_example_is_found_that_moves_the_sum_further(strategy, attack, at, clip_norm):
+    """Catches: hostile rows that nobody has thought of yet, a few of them."""
+    check(strategy, attack, at, clip_norm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(attack=attacks(), at=st.integers(0, 80), clip_norm=exponents(-3, 3))
+def test_no_example_is_found_in_minutes_either(strategy, attack, at, clip_norm):
+    """Catches: the same, thousands of them, and other ones every time."""
+    check(strategy, attack, at, clip_norm)
+
+
+def test_the_search_can_find_something():
+    """Catches: attacks that attack nothing: without the guards they must succeed."""
+
+    class Careless(pegrad.Vmap):
+        def weighted_sum(self, problem, weighting):
+            sums, squares, values = super().weighted_sum(problem, weighting)
+            return [leaf + leaf for leaf in sums], squares, values
+
+    attack = hostile.ATTACKS["a_constant_image"]()
+    assert movement(attack, Careless()) > 1.9
