@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad
+from torch.utils.checkpoint import checkpoint
 
 import oracle
 import pegrad
@@ -121,6 +122,35 @@ def test_an_error_of_a_later_example_is_the_losss_too(strategy):
         )
 
 
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping", "auto"])
+def test_a_loss_that_calls_autograd_itself(strategy):
+    """Catches: the loop run without a graph on the later rows, and its failure there taken for the loss's own."""
+
+    def loss(p, x):
+        y = (p["w"] * x).sum()
+        return torch.autograd.grad(y * y, p["w"], create_graph=True)[0].sum()
+
+    with pytest.raises(pegrad.PegradError):
+        pegrad.per_example_grad(loss, strategy=strategy)(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (lambda p, x: (p["w"] * x).tolist()[0] * p["w"].sum(), r"\.tolist\(\)"),
+        (lambda p, x: (p["w"] * torch.from_numpy(x.numpy())).sum(), r"\.numpy\(\)"),
+        (
+            lambda p, x: checkpoint(lambda t: (t * p["w"]).sin(), x, use_reentrant=False).sum(),
+            r"torch\.utils\.checkpoint",
+        ),
+    ],
+)
+def test_reasons_are_in_words_of_a_loss(loss, reason):
+    """Catches: 'escaped from inside a function being vmapped', which tells of nothing that a loss knows."""
+    with pytest.raises(pegrad.StrategyError, match=reason):
+        pegrad.per_example_grad(loss)(PARAMS, BATCH)
+
+
 @pytest.mark.parametrize("strategy", [*pegrad.STRATEGIES])
 def test_errors_that_the_loss_raises_itself_come_through(strategy):
     """Catches: a user's own exception class lost on the way."""
@@ -165,6 +195,12 @@ def test_running_out_of_memory_is_not_the_strategys_fault(strategy):
 
     with pytest.raises(torch.OutOfMemoryError):
         pegrad.per_example_grad(loss, strategy=strategy)(PARAMS, BATCH)
+
+
+def test_the_error_is_a_builtin_one_as_well():
+    """Catches: `except RuntimeError`, which caught these failures before, left with nothing to catch."""
+    assert issubclass(pegrad.StrategyError, pegrad.PegradError)
+    assert issubclass(pegrad.StrategyError, RuntimeError)
 
 
 @pytest.mark.parametrize("strategy", VECTORISED)

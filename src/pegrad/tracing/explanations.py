@@ -17,6 +17,11 @@ _EXPLANATIONS = (
     ),
     (r"\.item\(\)", _ASKS),
     ("data-dependent control flow", _ASKS),
+    (
+        "Cannot access data pointer",
+        "The loss, or a function of PyTorch's that it calls, reads the numbers of a tensor (.tolist(), .numpy(), ...), "
+        "which no transform of torch.func shows it",
+    ),
     ("dynamic shape|masked_select", "The loss makes a tensor whose size depends on the example"),
     (
         "saved tensor hooks",
