@@ -47,7 +47,7 @@ class Truth:
         self.finite = torch.isfinite(self.norms)
         if not self.finite.any():
             raise Inapplicable("no row is finite")
-        self.clip_norm = max(self.norms[self.finite].median().item(), 1e-3)
+        self.clip_norm = min(max(self.norms[self.finite].median().item(), 1e-3), 1e8)  # within what is accepted
 
     def judge(self, strategy: str) -> tuple[Kind, str]:
         """Compare stacked gradients, norms and clipped sum under a strategy; of random uses, the shapes only."""
