@@ -5,14 +5,14 @@ with status 1 if a bug survives, if its text is not in its file exactly once, or
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,21 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 TIMEOUT = 150  # seconds for one selection of tests; a mutant that hangs is noticed, so it is killed
 _PASSED, _FAILED, _NOT_COLLECTED, _NO_IMPORT, _NO_TIME = 0, 1, 2, 90, 124  # statuses; the first three are pytest's
-
-# The package is imported before pytest can put the checkout's own first, and from the copy or not at all.
-_PROGRAM = f"""
-import sys
-copy, *arguments = sys.argv[1:]
-sys.path.insert(0, copy)
-try:
-    import pegrad
-except Exception as error:
-    print("E  ", repr(error))
-    sys.exit({_NO_IMPORT})
-assert pegrad.__file__.startswith(copy), pegrad.__file__
-import pytest
-sys.exit(pytest.main(arguments))
-"""
+_CONTEXT = multiprocessing.get_context("forkserver")  # its children have what the package needs, but not the package
 
 
 class Run(NamedTuple):
@@ -49,28 +35,44 @@ class Run(NamedTuple):
 def run_tests(tests: str, mutant: Mutant | None) -> Run:
     """Run tests on a fresh copy of the package, with a bug or without."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "src"
+        copy, output = Path(folder) / "src", Path(folder) / "output"
         shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
             file = copy / "pegrad" / mutant.file
             file.write_text(file.read_text(encoding="utf-8").replace(mutant.text, mutant.bug), encoding="utf-8")
         path, _, keyword = tests.partition(" -k ")
         options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *(["-k", keyword] if keyword else [])]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(copy),  # for what the tests start themselves
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "HYPOTHESIS_STORAGE_DIRECTORY": folder,  # or the counterexamples would be tried again on the right code
-            "COLUMNS": "160",
-        }
-        command = [sys.executable, "-c", _PROGRAM, str(copy), f"tests/{path}", *options]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
-            )
-        except subprocess.TimeoutExpired:
+        process = _CONTEXT.Process(target=_child, args=(str(copy), str(output), [f"tests/{path}", *options]))
+        process.start()
+        process.join(TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            process.join()
             return Run(_NO_TIME, f"no end after {TIMEOUT} seconds")
-        return Run(done.returncode, _reason(done.stdout + done.stderr))
+        assert process.exitcode is not None
+        return Run(process.exitcode, _reason(output.read_text(encoding="utf-8")))
+
+
+def _child(copy: str, output: str, options: list[str]) -> None:
+    """Run pytest with the package from the copy, which is imported before pytest can find the checkout's own."""
+    with open(output, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    os.environ["PYTHONPATH"] = copy  # for what the tests start themselves
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, copy)
+    try:
+        import pegrad
+    except Exception as error:
+        print("E  ", repr(error), flush=True)
+        os._exit(_NO_IMPORT)
+    assert pegrad.__file__.startswith(copy), pegrad.__file__
+    import pytest
+
+    status = pytest.main(options)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _reason(output: str) -> str:
@@ -79,14 +81,14 @@ def _reason(output: str) -> str:
     return failed[0] if failed else lines[-1] if lines else "no output"
 
 
-def judge(mutant: Mutant, clean: Run) -> tuple[str, str]:
+def judge(mutant: Mutant, clean: Future[Run]) -> tuple[str, str]:
     """Say what became of a mutant in a word or two, and how it is known."""
     found = (ROOT / "src" / "pegrad" / mutant.file).read_text(encoding="utf-8").count(mutant.text)
     if found != 1:
         return "text not found", f"it is there {found} times"
-    if clean.status != _PASSED:
-        return "tests fail without the mutant", clean.reason
     run = run_tests(mutant.tests, mutant)
+    if clean.result().status != _PASSED:
+        return "tests fail without the mutant", clean.result().reason
     if run.status == _PASSED:
         return "SURVIVED", run.reason
     if run.status in (_FAILED, _NOT_COLLECTED, _NO_TIME):
@@ -102,11 +104,18 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if options.k.lower() in " ".join(mutant).lower()]
     start = time.monotonic()
+    os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    _CONTEXT.set_forkserver_preload(["torch", "cryptography", "optree", "scipy.stats", "pytest"])
     counts: dict[str, int] = {}
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        clean = {tests: pool.submit(run_tests, tests, None) for tests in dict.fromkeys(m.tests for m in chosen)}
-        # Only now, so that what a mutant waits for has begun before it.
-        answers = [pool.submit(lambda m=mutant: judge(m, clean[m.tests].result())) for mutant in chosen]
+    clean: dict[str, Future[Run]] = {}
+    answers = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(PROCESSES) as pool:
+        # Elsewhere than usual, or the counterexamples would be tried again on the right code.
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = folder
+        for mutant in chosen:
+            if mutant.tests not in clean:
+                clean[mutant.tests] = pool.submit(run_tests, mutant.tests, None)
+            answers.append(pool.submit(judge, mutant, clean[mutant.tests]))
         for mutant, answer in zip(chosen, answers, strict=True):
             verdict, reason = answer.result()
             counts[verdict] = counts.get(verdict, 0) + 1
