@@ -121,6 +121,14 @@ def a_constant_image():
 
 
 @attack
+def several_images_that_cancel():
+    g = torch.full((2, 3, 6, 6), 1e10)
+    g[1] *= -1
+    batch = ordinary(20, 2, 3, 6, 6), ordinary(20, 2, 3, 6, 6)
+    return Attack(convolution, torch.zeros(3, 3, 3, 3), batch, (torch.ones(2, 3, 6, 6), g))
+
+
+@attack
 def constant_images_in_a_wide_layer():
     g = torch.full((64, 8, 8), 1e5)
     g[:, ::2] *= -1

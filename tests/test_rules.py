@@ -86,6 +86,94 @@ def test_every_kernel_of_every_site_agrees_with_the_stacked_gradient():
     assert {"conv2d", "conv_transpose2d", "group norm scale", "linear", "gram_box", "segments"} <= set(seen)
 
 
+OPTIONS = {
+    "a constant bias": lambda p, x: F.linear(x[0, 0], p["w"], torch.arange(3.0).double()),
+    "addmm by alpha and beta": lambda p, x: torch.addmm(p["b"], x[0, 0], p["w"].T, beta=0.5, alpha=3.0),
+    "addmm to a constant": lambda p, x: torch.addmm(torch.ones(3).double(), x[0, 0], p["w"].T, beta=0.5, alpha=3.0),
+    "padding from the end": lambda p, x: F.embedding(tokens(x), p["w"], padding_idx=-1),
+    "padding": lambda p, x: F.embedding(tokens(x), p["w"], padding_idx=1),
+    "gradients by frequency": lambda p, x: F.embedding(tokens(x), p["w"], scale_grad_by_freq=True),
+    "group norm": lambda p, x: F.group_norm(x, 1, p["s"], p["s"], eps=0.5),
+    "instance norm": lambda p, x: F.instance_norm(x, weight=p["s"], bias=p["s"], eps=0.5),
+    "layer norm": lambda p, x: F.layer_norm(x, (5,), p["v"], p["v"], eps=0.5),
+    "rms norm": lambda p, x: F.rms_norm(x, (5,), p["v"], eps=0.5),
+    "a bias over several images": lambda p, x: F.conv2d(x, p["k"], p["b"]),
+    "a transposed one's bias": lambda p, x: F.conv_transpose2d(x, p["k"].mT.transpose(0, 1), p["b"]),
+}
+
+
+def tokens(x):
+    return (x[0, 0, 0] > 0).long() + (x[0, 0, 0] > 1)
+
+
+@pytest.mark.parametrize("strategy", pegrad.STRATEGIES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_and_constants(name, strategy):
+    """Catches: an argument that a rule reads and forgets; several images whose gradients go to other examples."""
+
+    def loss(params, x):
+        y = OPTIONS[name](params, x)
+        return (y + torch.arange(y.numel()).view(y.shape)).sin().sum()  # no two positions alike
+
+    params = {"w": r(3, 5), "v": r(5), "k": r(3, 2, 2, 2), "b": r(3), "s": r(2)}
+    batch = r(4, 3, 2, 4, 5)
+    expected = oracle.per_example_grads(loss, params, batch)
+    out = pegrad.clipped_grad(loss, clip_norm=oracle.norms(expected).median().item(), strategy=strategy)(params, batch)
+    oracle.assert_close(out.grads, oracle.clipped_sum(expected, oracle.norms(expected).median().item()))
+    oracle.assert_close(out.norms, [oracle.norms(expected)])
+    oracle.assert_close(out.losses, [torch.stack([loss(params, x) for x in batch])])
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("operation", ["convolution", "bias", "linear", "tied", "made"])
+def test_gradients_stacked_in_parts(operation, images, strategy, monkeypatch):
+    """Catches: an example of several images cut in two, a last part lost, a part weighed by another's weights."""
+    monkeypatch.setattr("pegrad.strategies.native.BLOCK", 200)
+    monkeypatch.setattr("pegrad.numerics.BLOCK", 200)
+    params = {"k": r(3, 2, 2, 2), "b": r(3), "w": r(4, 4)}
+
+    def loss(params, x):
+        if operation == "convolution":
+            return F.conv2d(x, params["k"]).sin().sum()
+        if operation == "bias":
+            return F.conv2d(x, params["k"].detach(), params["b"]).sin().sum()
+        if operation == "made":
+            return F.conv2d(x, params["k"] / params["k"].norm()).sin().sum()
+        y = F.linear(x, params["w"]).sin()
+        return (F.linear(y, params["w"]) if operation == "tied" else y).square().sum()
+
+    batch = r(7, images, 2, 4, 4)
+    expected = oracle.per_example_grads(loss, params, batch)
+    for clip_norm in (oracle.norms(expected).median().item(), 1e9):
+        out = pegrad.clipped_grad(loss, clip_norm=clip_norm, strategy=strategy)(params, batch)
+        oracle.assert_close(out.norms, [oracle.norms(expected)])
+        oracle.assert_close(out.grads, oracle.clipped_sum(expected, clip_norm))
+    oracle.assert_close(pegrad.per_example_norm(loss, strategy=strategy)(params, batch), [oracle.norms(expected)])
+
+
+def test_bounds_are_reached():
+    """Catches: a bound on a site's terms that random data stay below, but not a constant image or a repeated token."""
+
+    def loss(params, example):
+        image, tokens, x = example
+        y = F.conv2d(image, params["conv"]).sum() + F.embedding(tokens, params["table"]).sum()
+        return y + F.linear(x, params["weight"]).sum()
+
+    params = {"conv": r(2, 1, 3, 3), "table": r(4, 3), "weight": r(2, 3)}
+    batch = torch.ones(2, 1, 40, 40).double(), torch.ones(2, 9).long(), torch.ones(2, 5, 3).double()
+    ratios = {}
+
+    def receive(tapped, x, g):
+        for site in tapped.sites:
+            exact = site.exact(x, g).flatten(1).norm(dim=1)
+            ratios[site.operation] = float((exact / site.amplitude(x, g)).max())
+
+    pegrad.BookKeeping().trace(Call.of(loss, params, batch, None).problem).backward(receive)
+    assert ratios.keys() == {"conv2d", "embedding", "linear"}
+    assert all(0.9 < ratio <= 1 for ratio in ratios.values())
+
+
 @pytest.mark.parametrize("block", [1, 40, 1000, 1 << 24])
 def test_blocked_and_unblocked_gram_kernels_agree(block, monkeypatch):
     """Catches: a last block cut short, an off-diagonal block counted once, a block without the kernel's reach."""

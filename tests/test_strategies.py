@@ -165,6 +165,24 @@ def test_pure(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_use_that_comes_to_nothing(strategy):
+    """Catches: a leaf's gradient held back for uses that the loss does not depend on after all."""
+
+    def loss(params, x):
+        first = torch.nn.functional.linear(x, params["w"])
+        second = torch.nn.functional.linear(first.tanh(), params["w"])
+        return (second * 0).detach().sum() + (first * params["b"]).sin().sum(), params["b"] * second
+
+    params = {"w": torch.randn(3, 3, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}
+    batch = torch.randn(B, 4, 3, dtype=torch.float64)
+    expected = oracle.per_example_grads(loss, params, batch)
+    oracle.assert_close(pegrad.per_example_grad(loss, strategy=strategy)(params, batch), expected)
+    oracle.assert_close(pegrad.per_example_norm(loss, strategy=strategy)(params, batch), [oracle.norms(expected)])
+    out = pegrad.clipped_grad(loss, clip_norm=1.0, strategy=strategy)(params, batch)
+    oracle.assert_close(out.grads, oracle.clipped_sum(expected, 1.0))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_dropout_draws_one_mask_for_each_example(strategy):
     """Catches: one mask for the whole batch, or one that the gradient does not see."""
 
