@@ -1,4 +1,4 @@
-"""Plant every bug of `mutants.py` in a copy of the package, and see a test fail: `python tests/mutants/run.py [-k word]`.
+"""Plant every bug of `mutants.py` in a copy of the package, and see a test fail: `python run.py [-k word]`.
 
 The checkout itself is never touched. A bug is killed if the tests named for it fail with it and pass without it. Ends
 with status 1 if a bug survives, if its text is not in its file exactly once, or if its tests fail without it.
