@@ -3,6 +3,7 @@
 `pegrad.accounting` says which event a run of DP-SGD is; here an event and a delta become an epsilon.
 """
 
+import logging
 import math
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,13 @@ def pld_epsilon(dp: ModuleType, event: "DpEvent", delta: float) -> float:
 
 
 def _renyi(dp: ModuleType, event: "DpEvent") -> Any:
-    return dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event)
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of each order that does not converge, and does without it
+    try:
+        return dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event)
+    finally:
+        log.setLevel(level)
 
 
 def _pld_bound(dp: ModuleType, event: "DpEvent", delta: float, interval: float) -> float:
