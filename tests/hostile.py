@@ -122,10 +122,10 @@ def a_constant_image():
 
 @attack
 def several_images_that_cancel():
-    g = torch.full((2, 3, 6, 6), 1e10)
+    g = torch.full((2, 64, 4, 4), 1e10)
     g[1] *= -1
-    batch = ordinary(20, 2, 3, 6, 6), ordinary(20, 2, 3, 6, 6)
-    return Attack(convolution, torch.zeros(3, 3, 3, 3), batch, (torch.ones(2, 3, 6, 6), g))
+    batch = torch.ones(16, 2, 64, 4, 4), torch.ones(16, 2, 64, 4, 4)
+    return Attack(convolution, torch.zeros(64, 64, 3, 3), batch, (torch.ones(2, 64, 4, 4), g))
 
 
 @attack
@@ -177,6 +177,13 @@ def products_that_vanish():
     x, g = 1.2e19 * torch.randn(64, 256), 2e-23 * torch.randn(64, 256)
     batch = ordinary(4, 64, 256), ordinary(4, 64, 256)
     return Attack(bilinear, torch.zeros(256, 256), batch, (x, g), clip_norm=1e-3)
+
+
+@attack
+def faint_inputs_that_cancel():
+    g = torch.tensor([[1e37], [-1e37]]).expand(2, 3)
+    batch = torch.ones(100, 2, 4), torch.ones(100, 2, 3)
+    return Attack(bilinear, torch.zeros(3, 4), batch, (torch.full((2, 4), 1e-25), g))
 
 
 @attack

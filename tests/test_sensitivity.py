@@ -27,6 +27,21 @@ def test_no_hostile_example_moves_the_sum_further(name, strategy):
     attack = ATTACKS[name]()
     assert movement(attack, strategy) <= LIMIT
     assert movement(attack, strategy, at=3, normalize_by=7.0) <= LIMIT
+    last = len(optree.tree_leaves(attack.batch)[0])  # the sum of all the others is there to be swallowed
+    assert movement(attack, strategy, at=last) <= LIMIT
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_row_that_float64_cannot_measure_has_no_weight(rows, strategy):
+    """Catches: a norm of 1e-2 believed where the terms are 1e19, so that what is added need not be what was measured."""
+    torch.manual_seed(0)
+    g = 1e12 * torch.randn(8, 1024)
+    x = 1e9 * torch.randn(1024) * torch.ones(8, 1)
+    batch = torch.cat([x[None], torch.randn(rows, 8, 1024)]), torch.cat([g[None], torch.randn(rows, 8, 1024)])
+    batch[1][0, 4:] = -batch[1][0, :4].flip(0)
+    out = pegrad.clipped_grad(hostile.bilinear, clip_norm=1.0, strategy=strategy)(torch.zeros(1024, 1024), batch)
+    assert out.non_finite == 1
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
