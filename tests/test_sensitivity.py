@@ -34,7 +34,7 @@ def test_no_hostile_example_moves_the_sum_further(name, strategy):
 @pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_row_that_float64_cannot_measure_has_no_weight(rows, strategy):
-    """Catches: a norm of 1e-2 believed where the terms are 1e19, so that what is added need not be what was measured."""
+    """Catches: a norm of 1e-2 believed where the terms are 1e19: what is added need not be what was measured."""
     torch.manual_seed(0)
     g = 1e12 * torch.randn(8, 1024)
     x = 1e9 * torch.randn(1024) * torch.ones(8, 1)
