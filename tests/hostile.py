@@ -93,8 +93,17 @@ def tokens_that_cancel():
 def tokens_that_cancel_a_little():
     g = torch.zeros(2, 4)
     g[0, 0], g[1, 0] = 1e7, -1e7
-    batch = torch.zeros(256, 2, dtype=torch.int64), torch.full((256, 2, 4), 1.0)
+    torch.manual_seed(1)  # sums of ones would be whole numbers, which lose nothing beside 1e7
+    batch = torch.zeros(256, 2, dtype=torch.int64), torch.rand(256, 2, 4)
     return Attack(embedding, torch.zeros(3, 4), batch, (torch.zeros(2, dtype=torch.int64), g))
+
+
+@attack
+def positions_that_cancel_a_little():
+    torch.manual_seed(1)
+    g = torch.tensor([[1e7], [-1e7]]).expand(2, 3)
+    batch = torch.rand(100, 2, 4), torch.rand(100, 2, 3)
+    return Attack(bilinear, torch.zeros(3, 4), batch, (torch.ones(2, 4), g))
 
 
 @attack
@@ -121,14 +130,6 @@ def a_constant_image():
 
 
 @attack
-def several_images_that_cancel():
-    g = torch.full((2, 64, 4, 4), 1e10)
-    g[1] *= -1
-    batch = torch.ones(16, 2, 64, 4, 4), torch.ones(16, 2, 64, 4, 4)
-    return Attack(convolution, torch.zeros(64, 64, 3, 3), batch, (torch.ones(2, 64, 4, 4), g))
-
-
-@attack
 def constant_images_in_a_wide_layer():
     g = torch.full((64, 8, 8), 1e5)
     g[:, ::2] *= -1
@@ -136,8 +137,8 @@ def constant_images_in_a_wide_layer():
     return Attack(convolution, torch.zeros(64, 64, 3, 3), batch, (torch.ones(64, 8, 8), g))
 
 
-def common_component(size: float, positions: int, width: int) -> Attack:
-    torch.manual_seed(1)
+def common_component(size: float, positions: int, width: int, seed: int = 1) -> Attack:
+    torch.manual_seed(seed)
     x = torch.randn(positions, width) + size * torch.randn(width)
     g = torch.randn(positions, width)
     g = g - g.mean(0)
@@ -147,6 +148,7 @@ def common_component(size: float, positions: int, width: int) -> Attack:
 
 for _size in (1.0, 3.0, 10.0, 1e4, 1e7, 1e12):
     ATTACKS[f"a_common_component_of_{_size:g}"] = lambda size=_size: common_component(size, 8, 512)
+ATTACKS["a_common_component_of_few_positions"] = lambda: common_component(100.0, 4, 512, seed=2)
 
 
 @attack
@@ -180,10 +182,11 @@ def products_that_vanish():
 
 
 @attack
-def faint_inputs_that_cancel():
-    g = torch.tensor([[1e37], [-1e37]]).expand(2, 3)
-    batch = torch.ones(100, 2, 4), torch.ones(100, 2, 3)
-    return Attack(bilinear, torch.zeros(3, 4), batch, (torch.full((2, 4), 1e-25), g))
+def products_of_few_positions_that_vanish():
+    torch.manual_seed(0)
+    x, g = 1e17 * torch.randn(2, 256), 1e-24 * torch.randn(2, 256)
+    batch = ordinary(4, 2, 256), ordinary(4, 2, 256)
+    return Attack(bilinear, torch.zeros(256, 256), batch, (x, g), clip_norm=1e-6)
 
 
 @attack
@@ -198,18 +201,23 @@ def a_tiny_gradient():
     return Attack(bilinear, torch.zeros(8, 8), (ordinary(4, 4, 8), ordinary(4, 4, 8)), (x, g))
 
 
-@attack
-def a_gradient_that_weight_normalisation_leaves_out():
+def radial(width: int, rows: int, seed: int) -> Attack:
+    """Make a gradient along the weight itself: what weight normalisation leaves out."""
+
     def loss(params, example):
         x, g = example
         v = params["v"]
         return (F.linear(x, v / v.norm(dim=1, keepdim=True)) * g).sum()
 
-    torch.manual_seed(0)
-    v = torch.randn(16, 16)
-    x = 1e12 * v / v.norm(dim=1, keepdim=True)  # radial: what normalisation removes
-    batch = ordinary(64, 16, 16), ordinary(64, 16, 16)
-    return Attack(loss, {"v": v}, batch, (x, torch.eye(16)))
+    torch.manual_seed(seed)
+    v = torch.randn(width, width)
+    x = 1e12 * v / v.norm(dim=1, keepdim=True)
+    batch = ordinary(rows, width, width), ordinary(rows, width, width)
+    return Attack(loss, {"v": v}, batch, (x, torch.eye(width)))
+
+
+ATTACKS["a_gradient_that_weight_normalisation_leaves_out"] = lambda: radial(16, 64, 0)
+ATTACKS["a_gradient_that_a_small_weight_normalisation_leaves_out"] = lambda: radial(4, 200, 1)
 
 
 @attack

@@ -152,6 +152,23 @@ def test_gradients_stacked_in_parts(operation, images, strategy, monkeypatch):
     oracle.assert_close(pegrad.per_example_norm(loss, strategy=strategy)(params, batch), [oracle.norms(expected)])
 
 
+@pytest.mark.parametrize("strategy", pegrad.STRATEGIES)
+def test_several_images_whose_gradients_cancel(strategy):
+    """Catches: an example that is made again in float64 from the images of others."""
+    x, g = torch.rand(6, 2, 64, 4, 4), torch.rand(6, 2, 64, 4, 4)
+    x[3] = x[3, :1] + torch.tensor([0.0, 1e-2])[:, None, None, None]
+    g[3] = 1e4 * g[3, :1] * torch.tensor([1.0, -1.0])[:, None, None, None]
+
+    def loss(params, example):
+        return (F.conv2d(example[0], params, padding=1) * example[1]).sum()
+
+    params = torch.zeros(64, 64, 3, 3)
+    expected = oracle.per_example_grads(loss, params, (x, g))
+    out = pegrad.clipped_grad(loss, clip_norm=100.0, strategy=strategy)(params, (x, g))
+    oracle.assert_close(out.norms.double(), [oracle.norms(expected)], relative=1e-5)
+    oracle.assert_close(out.grads.double(), oracle.clipped_sum(expected, 100.0), relative=1e-4)
+
+
 def test_bounds_are_reached():
     """Catches: a bound on a site's terms that random data stay below, but not a constant image or a repeated token."""
 

@@ -70,18 +70,22 @@ def cast_and_used(params, x):
     return F.linear(x.float(), params.float()).sum()
 
 
+def made_of_a_cast(params, x):
+    return F.linear(x.float(), 2 * params.float()).sum()
+
+
 def tied(params, x):
     return F.linear(F.linear(x, params), params).sum()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("loss", [product, linear, made, cast_and_used, tied])
+@pytest.mark.parametrize("loss", [product, linear, made, cast_and_used, made_of_a_cast, tied])
 @pytest.mark.parametrize("rows", [5, 300])
 def test_half_precision(loss, dtype, rows, strategy):
     """Catches: sums, weights or norms in eleven or eight bits, on any way from an example to the sum."""
     torch.manual_seed(0)
-    shape = (4, 4) if loss is tied else (2, 4) if loss in (linear, cast_and_used) else (4,)
+    shape = (4, 4) if loss is tied else (2, 4) if loss in (linear, cast_and_used, made_of_a_cast) else (4,)
     params, batch = torch.randn(shape).to(dtype), (1 + torch.rand(rows, 4)).to(dtype)
     attack = Attack(loss, params, batch, 3 * batch[0], clip_norm=0.7)
     for options in ({}, {"normalize_by": 65536.0}):
@@ -178,6 +182,7 @@ def test_examples_that_all_push_one_and_the_same_parameter(positions, rows, stra
     ]
     for attack in attacks:
         assert movement(attack, strategy, at=1) <= LIMIT
+        assert movement(attack, strategy, at=rows) <= LIMIT
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
