@@ -152,11 +152,11 @@ def test_gradients_stacked_in_parts(operation, images, strategy, monkeypatch):
     oracle.assert_close(pegrad.per_example_norm(loss, strategy=strategy)(params, batch), [oracle.norms(expected)])
 
 
-@pytest.mark.parametrize("strategy", pegrad.STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
 def test_several_images_whose_gradients_cancel(strategy):
     """Catches: an example that is made again in float64 from the images of others."""
     x, g = torch.rand(6, 2, 64, 4, 4), torch.rand(6, 2, 64, 4, 4)
-    x[3] = x[3, :1] + torch.tensor([0.0, 1e-2])[:, None, None, None]
+    x[3] = x[3, :1] + torch.tensor([0.0, 1e-5])[:, None, None, None]
     g[3] = 1e4 * g[3, :1] * torch.tensor([1.0, -1.0])[:, None, None, None]
 
     def loss(params, example):
