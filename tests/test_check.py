@@ -197,7 +197,7 @@ class TestPlantedFaults:
         assert found["norms"] == "wrong"
         assert "gradient" not in found.get("params['u']", "")
 
-    @pytest.mark.parametrize("factor", [0.0, 0.999, -1.0, float("inf")])
+    @pytest.mark.parametrize("factor", [0.0, 0.999, 1 + 1e-6, -1.0, float("inf"), float("nan")])
     def test_wrong_stacking(self, factor):
         found = self.found(lambda w, b, call: [Wrong(w, "wrong", stack=factor), bias(b)])
         assert found == {"params['u']": "wrong gradient"}
