@@ -1,7 +1,8 @@
 """Plant every bug of `mutants.py` in a copy of the package, and see a test fail: `python run.py [-k word]`.
 
 The checkout itself is never touched. A bug is killed if the tests named for it fail with it and pass without it. Ends
-with status 1 if a bug survives, if its text is not in its file exactly once, or if its tests fail without it.
+with status 1 if a bug survives, if its text is not in its file exactly once, if its tests fail without it, or if it is
+code that cannot run.
 """
 
 import argparse
@@ -66,13 +67,11 @@ def _child(copy: str, output: str, options: list[str]) -> None:
         import pegrad
     except Exception as error:
         print("E  ", repr(error), flush=True)
-        os._exit(_NO_IMPORT)
+        sys.exit(_NO_IMPORT)
     assert pegrad.__file__.startswith(copy), pegrad.__file__
     import pytest
 
-    status = pytest.main(options)
-    sys.stdout.flush()
-    os._exit(status)
+    sys.exit(pytest.main(options))
 
 
 def _reason(output: str) -> str:
@@ -89,6 +88,8 @@ def judge(mutant: Mutant, clean: Future[Run]) -> tuple[str, str]:
     run = run_tests(mutant.tests, mutant)
     if clean.result().status != _PASSED:
         return "tests fail without the mutant", clean.result().reason
+    if re.search(r"\b(NameError|SyntaxError)\b", run.reason):  # any test would see that
+        return "no bug but a slip", run.reason
     if run.status == _PASSED:
         return "SURVIVED", run.reason
     if run.status in (_FAILED, _NOT_COLLECTED, _NO_TIME):
