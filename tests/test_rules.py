@@ -17,6 +17,7 @@ from pegrad.rules.conv import kernels, norms
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.costs import Work
 from pegrad.rules.gram import gram_norm
+from pegrad.strategies.native import Magnitudes
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,8 @@ def test_every_kernel_of_every_site_agrees_with_the_stacked_gradient():
                 torch.testing.assert_close(squares, first.flatten(1).square().sum(1), rtol=1e-10, atol=1e-12)
                 assert (squares <= terms * site.positions(*shapes) * (1 + 1e-9)).all()  # as Cauchy and Schwarz say
             if site.bounded:
-                positions, amplitude = site.positions(*shapes), site.amplitude(x, g)
+                magnitudes = Magnitudes(site, x, g)
+                positions, amplitude = magnitudes.positions, site.amplitude(*magnitudes.bounds, magnitudes.positions)
                 assert (first.flatten(1).norm(dim=1) <= amplitude).all()
                 assert (site.exact(x, g) - first).abs().max() <= 1e-12 * amplitude.max()
                 assert positions >= 1
@@ -184,7 +186,9 @@ def test_bounds_are_reached():
     def receive(tapped, x, g):
         for site in tapped.sites:
             exact = site.exact(x, g).flatten(1).norm(dim=1)
-            ratios[site.operation] = float((exact / site.amplitude(x, g)).max())
+            ratios[site.operation] = float(
+                (exact / site.amplitude(*Magnitudes(site, x, g).bounds, Magnitudes(site, x, g).positions)).max()
+            )
 
     pegrad.BookKeeping().trace(Call.of(loss, params, batch, None).problem).backward(receive)
     assert ratios.keys() == {"conv2d", "embedding", "linear"}

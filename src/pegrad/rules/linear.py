@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pegrad.numerics import norm_bounds
 from pegrad.rules.bias import Bias, over_leading
 from pegrad.rules.costs import Work
 from pegrad.rules.gram import gram_norm
@@ -40,9 +39,9 @@ class LinearWeight(Site):
         """See `Site.positions`."""
         return prod(g[1:-1])
 
-    def amplitude(self, x: Tensor, g: Tensor) -> Tensor:
+    def amplitude(self, x: Tensor, g: Tensor, positions: int) -> Tensor:
         """See `Site.amplitude`; by the inequality of Cauchy and Schwarz."""
-        return norm_bounds(x) * norm_bounds(g)
+        return x * g
 
     def weigh(self, x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `Site.weigh`."""

@@ -74,10 +74,16 @@ class Site(ABC):
         """Count the terms that one example's gradient is the sum of."""
         return 1
 
-    def amplitude(self, x: Tensor, g: Tensor) -> Tensor | None:
-        """Bound the sum of the norms of the terms of each example's gradient from above: `(B,)`, float64.
+    def amplitude(self, x: Tensor, g: Tensor, positions: int) -> Tensor | None:
+        """Bound the sum of the norms of the terms of each example's gradient from above.
 
-        None: there is no bound, and `norming` and `summing` stay unused.
+        Args:
+            x: bounds on the norms of the input's rows, one or several an example, float64; ones for integers.
+            g: the same of the gradient at the output.
+            positions: how many terms there are.
+
+        Returns:
+            `(B,)`; or None: there is no bound, and `norming` and `summing` stay unused.
         """
         return None
 

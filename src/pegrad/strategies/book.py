@@ -12,7 +12,7 @@ from pegrad.rules.site import Site
 from pegrad.strategies import rounding
 from pegrad.strategies.base import Leaves
 from pegrad.strategies.choice import Candidate, stack_kernel
-from pegrad.strategies.native import NativeSum, guarded_norms, native_sum, share_errors, stacked_parts
+from pegrad.strategies.native import Magnitudes, NativeSum, guarded_norms, stacked_parts
 from pegrad.tracing.lineage import Lineage, lineage
 from pegrad.tracing.trace import Tapped, Trace
 
@@ -214,8 +214,9 @@ class Norms:
                 self._squares.append(torch.cat([squared_norms(rows) for rows in parts]))
             return
         kernel = (site.stacking if choice.stacks else site.norming)(*shapes)[choice.norm]
-        self._squares.append(guarded_norms(site, kernel, choice.stacks, x, g, self.batch, self._floor))
-        self._sum_natively(native_sum(site, x, g), x, g)
+        magnitudes = Magnitudes(site, x, g)
+        self._squares.append(guarded_norms(kernel, choice.stacks, magnitudes, self.batch, self._floor))
+        self._sum_natively(NativeSum(site, magnitudes.share_errors()), x, g)
 
     def _enter_made(self, site: Site, x: Tensor, g: Tensor) -> None:
         """Enter the only use of leaves that the source was made of by more than an isometry.
@@ -231,7 +232,7 @@ class Norms:
         squares = torch.cat(at_leaves)
         gains = squares / torch.cat(at_source)
         gain = float(torch.cat([gains[torch.isfinite(gains)], self._typical_gain(site.source)]).max().sqrt())
-        errors = share_errors(site, x, g) * gain
+        errors = Magnitudes(site, x, g).share_errors() * gain
         positions = site.positions(tuple(x.shape), tuple(g.shape))
         norms = squares.sqrt().clamp(min=self._floor)
         apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, positions) if self._floor else errors < 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -103,47 +104,71 @@ class NativeSum:
         return total
 
 
-def native_sum(site: Site, x: Tensor, g: Tensor) -> NativeSum:
-    """Prepare the native sum at a site whose gradient is its leaf's."""
-    return NativeSum(site, share_errors(site, x, g))
-
-
-def share_errors(site: Site, x: Tensor, g: Tensor) -> Tensor:
-    """Bound the rounding error of each row's gradient at a site, `(B,)`, float64."""
-    amplitude = site.amplitude(x, g)
-    assert amplitude is not None
-    return rounding.sum_error(amplitude, site.positions(tuple(x.shape), tuple(g.shape)), g.dtype)
-
-
-def guarded_norms(site: Site, kernel: Kernel, stacks: bool, x: Tensor, g: Tensor, batch: int, floor: float) -> Tensor:
-    """Find the squared norms of a site's gradients, those that cannot be trusted in float64, row by row.
+@dataclass(frozen=True)
+class Magnitudes:
+    """How large what a site's gradients are made of is, and what rounding makes of that.
 
     Args:
         site: a site that bounds its terms.
-        kernel: one of its kernels.
-        stacks: whether that kernel stacks gradients.
         x: the site's input.
         g: the gradient at its output.
+    """
+
+    site: Site
+    x: Tensor
+    g: Tensor
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Bounds on the norms of the rows of `x` and `g`, one or several an example, float64."""
+        g = norm_bounds(self.g)
+        return norm_bounds(self.x) if self.x.is_floating_point() else torch.ones_like(g), g
+
+    @property
+    def positions(self) -> int:
+        """How many terms an example's gradient is the sum of."""
+        return self.site.positions(tuple(self.x.shape), tuple(self.g.shape))
+
+    def share_errors(self) -> Tensor:
+        """Bound the rounding error of each example's gradient: `(B,)`, float64."""
+        amplitude = self.site.amplitude(*self.bounds, self.positions)
+        assert amplitude is not None
+        return rounding.sum_error(amplitude, self.positions, self.g.dtype)
+
+    def vanished(self, batch: int) -> Tensor:
+        """Bound what a squared norm lacks where products of two inputs, or of two gradients, are too small: `(B,)`."""
+        numbers = (self.x.numel() + self.g.numel()) // batch
+        x, g = (norms.square().reshape(batch, -1).sum(1) for norms in self.bounds)
+        return 64 * torch.finfo(self.g.dtype).tiny * numbers * (1 + x + g)
+
+
+def guarded_norms(kernel: Kernel, stacks: bool, magnitudes: Magnitudes, batch: int, floor: float) -> Tensor:
+    """Find the squared norms of a site's gradients, those that cannot be trusted in float64, row by row.
+
+    Args:
+        kernel: one of the site's kernels.
+        stacks: whether that kernel stacks gradients.
+        magnitudes: the site, its input and the gradient at its output.
         batch: B.
         floor: the norm below which nothing depends on it.
 
     Returns:
         `(B,)`, float64; infinite where even that cannot be trusted, or where the gradient is not finite.
     """
-    positions = site.positions(tuple(x.shape), tuple(g.shape))
+    site, x, g, positions = magnitudes.site, magnitudes.x, magnitudes.g, magnitudes.positions
     if stacks:
         squares = torch.cat([squared_norms(rows) for rows in stacked_parts(kernel, site, x, g, batch)])
-        error = share_errors(site, x, g)
+        error = magnitudes.share_errors()
         errors = error * (2 * squares.sqrt() + error)
     else:
         squares, terms = kernel.run(x, g)
         squares = squares.double()
-        errors = rounding.gram_error(terms, positions, g.dtype) + _vanished(x, g, batch)
+        errors = rounding.gram_error(terms, positions, g.dtype) + magnitudes.vanished(batch)
     mistrusted = rounding.mistrusted_norms(squares, errors, floor, positions)
     if bool(mistrusted.any()):
         for rows, grads in exact_rows(site, x, g, mistrusted.nonzero().squeeze(1), batch):
             exact = squared_norms(grads)
-            errors = share_errors(site, *_wide_rows(x, g, rows, batch))
+            errors = Magnitudes(site, *_wide_rows(x, g, rows, batch)).share_errors()
             lost = rounding.hopeless(exact.sqrt(), errors, floor) & (floor > 0)
             lost |= ~(exact <= torch.finfo(g.dtype).max)
             squares[rows] = exact.masked_fill(lost, torch.inf)
@@ -168,19 +193,6 @@ def stacked_parts(kernel: Kernel, site: Site, x: Tensor, g: Tensor, batch: int) 
     step = max(1, BLOCK // numbers) * (x.shape[0] // batch)
     for start in range(0, x.shape[0], step):
         yield kernel.run(x[start : start + step], g[start : start + step])
-
-
-def _vanished(x: Tensor, g: Tensor, batch: int) -> Tensor | float:
-    """Bound what a squared norm lacks where products of two inputs, or of two gradients, are too small for float32."""
-    tiny = torch.finfo(g.dtype).tiny
-    if not x.is_floating_point():
-        return tiny * g.numel()
-    numbers = (x.numel() + g.numel()) // batch
-    return 64 * tiny * numbers * (1 + _by_row(norm_bounds(x), batch).square() + _by_row(norm_bounds(g), batch).square())
-
-
-def _by_row(norms: Tensor, batch: int) -> Tensor:
-    return norms if len(norms) == batch else norms.reshape(batch, -1).sum(1)
 
 
 def _largest(t: Tensor) -> float:

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from pegrad.numerics import norm_bounds
 from pegrad.rules.conv import cost
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.conv.kernels import KERNELS
@@ -60,10 +59,9 @@ class ConvWeight(Site):
         """See `Site.positions`."""
         return self.images * prod(self._roles(x, g)[1][2:])
 
-    def amplitude(self, x: Tensor, g: Tensor) -> Tensor:
+    def amplitude(self, x: Tensor, g: Tensor, positions: int) -> Tensor:
         """See `Site.amplitude`; by Cauchy and Schwarz, each input being in as many windows as a kernel has numbers."""
-        bounds = (norm_bounds(x) * norm_bounds(g)).reshape(-1, self.images)
-        return bounds.sum(1) * prod(self.geometry.kernel) ** 0.5
+        return (x * g).reshape(-1, self.images).sum(1) * prod(self.geometry.kernel) ** 0.5
 
     def rows_at_a_time(self, positions: int) -> int:
         """See `Site.rows_at_a_time`: a convolution's weight gradient adds naively over positions and examples."""
