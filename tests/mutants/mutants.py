@@ -482,8 +482,8 @@ MUTANTS = [
     ),
     Mutant(
         "rules/conv/site.py",
-        "bounds.sum(1) * prod(self.geometry.kernel) ** 0.5",
-        "bounds.sum(1)",
+        "self.images).sum(1) * prod(self.geometry.kernel) ** 0.5",
+        "self.images).sum(1)",
         "test_rules.py -k bounds_are_reached",
         "rounding errors of convolutions are taken for too small",
     ),
