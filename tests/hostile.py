@@ -221,6 +221,18 @@ ATTACKS["a_gradient_that_a_small_weight_normalisation_leaves_out"] = lambda: rad
 
 
 @attack
+def a_gradient_of_which_normalisation_leaves_rounding_alone():
+    def loss(params, example):
+        x, g = example
+        return (F.linear(x, params / params.norm(dim=1, keepdim=True)) * g).sum()
+
+    torch.manual_seed(19)  # one number a row: its direction is its sign, and nothing of its gradient is left
+    params, batch = torch.randn(4, 1), (torch.randn(1, 1, 1), torch.randn(1, 1, 4))
+    row = torch.randn(1, 1), 1e8 * torch.randn(1, 4)
+    return Attack(loss, params, batch, row, clip_norm=10.0)
+
+
+@attack
 def a_tied_leaf_whose_uses_cancel():
     def loss(params, example):
         x, g = example

@@ -229,10 +229,11 @@ class Norms:
         for rows in stacked_parts(kernel, site, x, g, self.batch):
             at_source.append(squared_norms(rows))
             at_leaves.append(_squares_of(pull_rows(self.trace, site.source, rows)))
-        squares = torch.cat(at_leaves)
-        gains = squares / torch.cat(at_source)
-        gain = float(torch.cat([gains[torch.isfinite(gains)], self._typical_gain(site.source)]).max().sqrt())
-        errors = Magnitudes(site, x, g).share_errors() * gain
+        squares, sources = torch.cat(at_leaves), torch.cat(at_source)
+        gains = squares / sources
+        typical, noise = self._way_to_leaves(site.source)
+        gain = float(torch.cat([gains[torch.isfinite(gains)], typical]).max().sqrt())
+        errors = Magnitudes(site, x, g).share_errors() * gain + noise * sources.sqrt()
         positions = site.positions(tuple(x.shape), tuple(g.shape))
         norms = squares.sqrt().clamp(min=self._floor)
         apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, positions) if self._floor else errors < 0
@@ -249,11 +250,21 @@ class Norms:
         self._squares.append(squares)
         self._sum_natively(native, x, g)
 
-    def _typical_gain(self, source: Tensor) -> Tensor:
-        """How much longer a random gradient becomes on its way from a source to the leaves, squared: `(1,)`."""
+    def _way_to_leaves(self, source: Tensor) -> tuple[Tensor, float]:
+        """Try how gradients come from a source to the leaves.
+
+        Returns:
+            How much longer random ones of norm one become, squared, `(b,)`; and how long what rounding makes of them on
+            the way may be, known by that they do not add up. Where nearly all of a gradient cancels, that is all there
+            is of it at the leaves.
+        """
         generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(1, *source.shape, generator=generator).to(source)
-        return _squares_of(pull_rows(self.trace, source, probe / probe.norm()))
+        probes = torch.randn(_PROBES, *source.shape, generator=generator).to(source)
+        probes = probes / probes.flatten(1).norm(dim=1).reshape(-1, *[1] * source.dim())
+        pulled = pull_rows(self.trace, source, torch.cat([probes, probes.sum(0, keepdim=True)]))
+        apart = {leaf: rows[:-1].sum(0, keepdim=True) - rows[-1:] for leaf, rows in pulled.items()}
+        noise = _NOISE * float(_squares_of(apart).sqrt())
+        return _squares_of({leaf: rows[:-1] for leaf, rows in pulled.items()}), noise
 
     def _sum_natively(self, native: NativeSum, x: Tensor, g: Tensor) -> None:
         self.native[id(native.site)] = native
@@ -270,6 +281,10 @@ class Norms:
         if self._keep:
             dtype = accumulator(stacked.dtype, self.rows)
             self._sums.append(lambda weights, bad, weighting: [(source, contract(weights, stacked, bad, dtype))])
+
+
+_PROBES = 4
+_NOISE = 8.0  # what the probes show of it, and a margin
 
 
 class Sums:
