@@ -16,6 +16,7 @@ from cases import CASES
 from pegrad.clipping import Flat
 from pegrad.rules.bias import Bias, over_leading
 from pegrad.rules.costs import Work
+from pegrad.rules.gram import Squares
 from pegrad.rules.linear import LinearWeight
 from pegrad.strategies import Strategy
 
@@ -152,7 +153,7 @@ class Wrong(LinearWeight):
 
     def _norms(self, rows):
         squares = rows.flatten(1).square().sum(1)
-        return self.norm * squares, squares
+        return Squares(self.norm * squares, squares, squares, squares.new_ones(len(squares)))
 
     def summing(self, x, g):
         run = super().summing(x, g).run

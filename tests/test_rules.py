@@ -69,9 +69,10 @@ def test_every_kernel_of_every_site_agrees_with_the_stacked_gradient():
             for rows in stacks.values():
                 torch.testing.assert_close(rows, first, rtol=1e-10, atol=1e-12)
             for kernel in site.norming(*shapes).values():
-                squares, terms = kernel.run(x, g)
+                squares, terms, inputs, outputs = kernel.run(x, g)
                 torch.testing.assert_close(squares, first.flatten(1).square().sum(1), rtol=1e-10, atol=1e-12)
                 assert (squares <= terms * site.positions(*shapes) * (1 + 1e-9)).all()  # as Cauchy and Schwarz say
+                assert (squares <= inputs * outputs * (1 + 1e-9)).all()
             if site.bounded:
                 magnitudes = Magnitudes(site, x, g)
                 positions, amplitude = magnitudes.positions, site.amplitude(*magnitudes.bounds, magnitudes.positions)
@@ -201,7 +202,8 @@ def test_blocked_and_unblocked_gram_kernels_agree(block, monkeypatch):
     x, g = r(3, 23, 4), r(3, 23, 5)
     exact = (g.mT @ x).flatten(1).square().sum(1)
     terms = (g.square().sum(2) * x.square().sum(2)).sum(1)
-    torch.testing.assert_close(gram_norm(x, g, block), (exact, terms), rtol=1e-10, atol=0)
+    inputs, outputs = x.square().sum((1, 2)), g.square().sum((1, 2))
+    torch.testing.assert_close(tuple(gram_norm(x, g, block)), (exact, terms, inputs, outputs), rtol=1e-10, atol=0)
     monkeypatch.setattr(norms, "BLOCK", block)
     monkeypatch.setattr(gram, "BLOCK", block)
     for stride, dilation, groups in [(1, 1, 1), (2, 1, 2), (1, 2, 2), (3, 2, 1)]:
@@ -212,8 +214,10 @@ def test_blocked_and_unblocked_gram_kernels_agree(block, monkeypatch):
         windows = kernels.windows(image.unflatten(1, (groups, -1)).flatten(0, 1), geometry)
         lengths = windows.square().sum((1, 4, 5)) * out.unflatten(1, (groups, -1)).flatten(0, 1).square().sum(1)
         terms = lengths.reshape(3, -1).sum(1)
+        inputs, outputs = windows.square().reshape(3, -1).sum(1), out.square().sum((1, 2, 3))
         for kernel in (norms.gram_box, norms.gram_unfolded):
-            torch.testing.assert_close(kernel(image, out, geometry), (exact, terms), rtol=1e-10, atol=0)
+            found = tuple(kernel(image, out, geometry))
+            torch.testing.assert_close(found, (exact, terms, inputs, outputs), rtol=1e-10, atol=0)
 
 
 class Largest(TorchDispatchMode):

@@ -190,8 +190,8 @@ MUTANTS = [
     ),
     Mutant(
         "strategies/native.py",
-        "gram_error(terms, positions, g.dtype) + magnitudes.vanished(batch)",
-        "gram_error(terms, positions, g.dtype)",
+        "self.g.dtype) + lacking * (1 + inputs + outputs)",
+        "self.g.dtype)",
         "test_sensitivity.py::test_no_hostile_example_moves_the_sum_further -k vanish and ghost",
         "products too small for float32 make a norm of zero",
     ),
@@ -398,8 +398,8 @@ MUTANTS = [
     ),
     Mutant(
         "rules/embedding.py",
-        "return squares.index_add_(0, example, squared_norms(sums)), terms",
-        "return terms, terms",
+        "return Squares(norms, terms, torch",
+        "return Squares(terms, terms, torch",
         "test_strategies.py -k repeated_tokens and norms and ghost or every_kernel_of_every_site",
         "norms of an embedding without the inner products of a repeated token's uses",
     ),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pegrad.numerics import squared_norms
 from pegrad.rules.costs import Work
+from pegrad.rules.gram import Squares
 from pegrad.rules.site import Kernel, Recorder, Rule, Shape, Site, Tap
 
 
@@ -67,7 +68,7 @@ class EmbeddingWeight(Site):
         table = g.new_zeros(x.shape[0] * rows, width)
         return table.index_add_(0, self._places(x), self._lines(x, g)).reshape(x.shape[0], rows, width)
 
-    def _segments(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def _segments(self, x: Tensor, g: Tensor) -> Squares:
         """Add up the lines of equal tokens of one example, and only then square."""
         places, segment = torch.unique(self._places(x), return_inverse=True)
         lines = self._lines(x, g)
@@ -75,7 +76,8 @@ class EmbeddingWeight(Site):
         example = places // self.source.shape[0]
         squares = torch.zeros(x.shape[0], dtype=torch.float64, device=g.device)
         terms = squared_norms(lines).reshape(x.shape[0], -1).sum(1)
-        return squares.index_add_(0, example, squared_norms(sums)), terms
+        norms = squares.index_add_(0, example, squared_norms(sums))
+        return Squares(norms, terms, torch.full_like(terms, x[0].numel()), terms)  # a token is a row of norm one
 
     def _sum(self, x: Tensor, g: Tensor) -> Tensor:
         return g.new_zeros(*self.source.shape).index_add_(0, x.flatten(), self._lines(x, g))

@@ -1,14 +1,33 @@
 """Squared norms of sums of outer products, from Gram matrices."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pegrad.numerics import BLOCK
 
-Squares = tuple[Tensor, Tensor]
-"""Squared norms and squared terms, `(B,)` each: see `Site.norming`."""
+
+class Squares(NamedTuple):
+    """What a kernel that finds norms without stacking gradients returns: four times `(B,)`.
+
+    A gradient is a sum over positions of terms, each the product of a row of the input and one of the gradient at the
+    output. How large those are tells how far rounding may have gone.
+    """
+
+    norms: Tensor
+    """Squared norms of the gradients; rounding can leave one of zero slightly negative."""
+    terms: Tensor
+    """Sums of the squared norms of the terms."""
+    inputs: Tensor
+    """Sums of the squared norms of the input's rows."""
+    outputs: Tensor
+    """Sums of the squared norms of the rows of the gradient at the output."""
+
+    def over_groups(self, groups: int) -> "Squares":
+        """Add up the groups of channels that each example has: `(B * groups,)` to `(B,)`."""
+        return Squares(*(part.reshape(-1, groups).sum(1) for part in self))
 
 
 def few_at_a_time(norms: Callable[[Tensor, Tensor], Squares], x: Tensor, g: Tensor, numbers: int) -> Squares:
@@ -24,8 +43,7 @@ def few_at_a_time(norms: Callable[[Tensor, Tensor], Squares], x: Tensor, g: Tens
     if step >= x.shape[0]:
         return norms(x, g)
     parts = [norms(*part) for part in zip(x.split(step), g.split(step), strict=True)]
-    squares, terms = zip(*parts, strict=True)
-    return torch.cat(squares), torch.cat(terms)
+    return Squares(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Squares:
@@ -38,28 +56,33 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Squares:
             block only what lies on or right of the diagonal, since both are symmetric.
 
     Returns:
-        The squared norms, of which rounding can leave one of zero slightly negative; and the sum over t of the squared
-        norms of the terms `g_t x_tᵀ`, from the matrices' diagonals.
+        The squared norms; what else there is to tell is on the matrices' diagonals.
 
     Source: Goodfellow 2015 for T = 1; Li et al. 2022, "ghost clipping"; Bu, Mao & Xu 2022.
     """
     batch, positions = x.shape[:2]
     if positions == 1:
-        squares = torch.linalg.vecdot(x, x).mul_(torch.linalg.vecdot(g, g)).squeeze(1)
-        return squares, squares
+        inputs, outputs = (torch.linalg.vecdot(t, t).squeeze(1) for t in (x, g))
+        return Squares(inputs * outputs, inputs * outputs, inputs, outputs)
     rows = max(1, min(_rows_by_symmetry(positions), block // (batch * positions)))
-    total, terms = x.new_zeros(batch), x.new_zeros(batch)
+    found = Squares(*x.new_zeros(4, batch))
     for start in range(0, positions, rows):
         stop = min(start + rows, positions)
         products = x[:, start:stop] @ x[:, start:].mT
         weights = g[:, start:stop] @ g[:, start:].mT
-        diagonal = stop - start
+        note_diagonals(found, products, weights)
         if stop < positions:
-            weights[:, :, diagonal:] *= 2
-        products.mul_(weights)
-        terms += products.diagonal(dim1=1, dim2=2).sum(1)
-        total += products.flatten(1).sum(1)
-    return total, terms
+            weights[:, :, stop - start :] *= 2
+        found.norms.add_(products.mul_(weights).flatten(1).sum(1))
+    return found
+
+
+def note_diagonals(found: Squares, products: Tensor, weights: Tensor, offset: int = 0) -> None:
+    """Add what the diagonals of two Gram matrices' blocks of rows tell, which start at column `offset`."""
+    inputs, outputs = (block.diagonal(offset, dim1=1, dim2=2) for block in (products, weights))
+    found.terms.add_(torch.linalg.vecdot(inputs, outputs))
+    found.inputs.add_(inputs.sum(1))
+    found.outputs.add_(outputs.sum(1))
 
 
 def _rows_by_symmetry(positions: int) -> int:

@@ -54,8 +54,7 @@ class Site(ABC):
     def norming(self, x: Shape, g: Shape) -> dict[str, Kernel]:
         """Offer ways to the squared norms that stack nothing, by name, for these shapes.
 
-        Each is `(x, g) -> (squared norms, squared terms)`, both `(B,)`: the second is the sum over positions of the
-        squared norms of the terms that a gradient is the sum of, which tells how far rounding may have gone.
+        Each is `(x, g) -> Squares`: the squared norms, and what tells how far rounding may have gone.
         """
         return {}
 

@@ -214,9 +214,9 @@ class Norms:
                 self._squares.append(torch.cat([squared_norms(rows) for rows in parts]))
             return
         kernel = (site.stacking if choice.stacks else site.norming)(*shapes)[choice.norm]
-        magnitudes = Magnitudes(site, x, g)
-        self._squares.append(guarded_norms(kernel, choice.stacks, magnitudes, self.batch, self._floor))
-        self._sum_natively(NativeSum(site, magnitudes.share_errors()), x, g)
+        squares, shares = guarded_norms(kernel, choice.stacks, Magnitudes(site, x, g), self.batch, self._floor)
+        self._squares.append(squares)
+        self._sum_natively(NativeSum(site, shares), x, g)
 
     def _enter_made(self, site: Site, x: Tensor, g: Tensor) -> None:
         """Enter the only use of leaves that the source was made of by more than an isometry.

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from pegrad.clipping import Weighting
 from pegrad.numerics import BLOCK, contract, norm_bounds, squared_norms, take_rows, zero_rows
+from pegrad.rules.gram import Squares
 from pegrad.rules.site import Kernel, Site
 from pegrad.strategies import rounding
 
 _ROWS = 512  # of one product
+_MANY = 64  # more than the windows of a convolution that a number of its input is in, as a rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,14 +137,21 @@ class Magnitudes:
         assert amplitude is not None
         return rounding.sum_error(amplitude, self.positions, self.g.dtype)
 
-    def vanished(self, batch: int) -> Tensor:
-        """Bound what a squared norm lacks where products of two inputs, or of two gradients, are too small: `(B,)`."""
-        numbers = (self.x.numel() + self.g.numel()) // batch
-        x, g = (norms.square().reshape(batch, -1).sum(1) for norms in self.bounds)
-        return 64 * torch.finfo(self.g.dtype).tiny * numbers * (1 + x + g)
+    def squares_and_errors(self, kernel: Kernel, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Run a kernel that finds norms: their squares, errors, and those of the rows' shares: `(B,)`, float64."""
+        found = Squares(*(part.double() for part in kernel.run(self.x, self.g)))
+        # Products that are too small for the dtype are lacking in a Gram matrix, on its diagonal as well.
+        numbers = _MANY * (self.x.numel() + self.g.numel()) // batch
+        lacking = torch.finfo(self.g.dtype).tiny * numbers
+        inputs, outputs = (part.clamp(min=0) * (1 + 1e-4) + lacking for part in (found.inputs, found.outputs))
+        errors = rounding.gram_error(found.terms, self.positions, self.g.dtype) + lacking * (1 + inputs + outputs)
+        amplitude = (inputs * outputs).sqrt()
+        return found.norms, errors, rounding.sum_error(amplitude, self.positions, self.g.dtype)
 
 
-def guarded_norms(kernel: Kernel, stacks: bool, magnitudes: Magnitudes, batch: int, floor: float) -> Tensor:
+def guarded_norms(
+    kernel: Kernel, stacks: bool, magnitudes: Magnitudes, batch: int, floor: float
+) -> tuple[Tensor, Tensor]:
     """Find the squared norms of a site's gradients, those that cannot be trusted in float64, row by row.
 
     Args:
@@ -153,17 +162,16 @@ def guarded_norms(kernel: Kernel, stacks: bool, magnitudes: Magnitudes, batch: i
         floor: the norm below which nothing depends on it.
 
     Returns:
-        `(B,)`, float64; infinite where even that cannot be trusted, or where the gradient is not finite.
+        The squared norms, `(B,)`, float64; infinite where even that cannot be trusted, or where the gradient is not
+        finite. And the errors of the rows' shares in a native sum, `(B,)`.
     """
     site, x, g, positions = magnitudes.site, magnitudes.x, magnitudes.g, magnitudes.positions
     if stacks:
         squares = torch.cat([squared_norms(rows) for rows in stacked_parts(kernel, site, x, g, batch)])
-        error = magnitudes.share_errors()
-        errors = error * (2 * squares.sqrt() + error)
+        shares = magnitudes.share_errors()
+        errors = shares * (2 * squares.sqrt() + shares)
     else:
-        squares, terms = kernel.run(x, g)
-        squares = squares.double()
-        errors = rounding.gram_error(terms, positions, g.dtype) + magnitudes.vanished(batch)
+        squares, errors, shares = magnitudes.squares_and_errors(kernel, batch)
     mistrusted = rounding.mistrusted_norms(squares, errors, floor, positions)
     if bool(mistrusted.any()):
         for rows, grads in exact_rows(site, x, g, mistrusted.nonzero().squeeze(1), batch):
@@ -172,7 +180,7 @@ def guarded_norms(kernel: Kernel, stacks: bool, magnitudes: Magnitudes, batch: i
             lost = rounding.hopeless(exact.sqrt(), errors, floor) & (floor > 0)
             lost |= ~(exact <= torch.finfo(g.dtype).max)
             squares[rows] = exact.masked_fill(lost, torch.inf)
-    return squares.clamp(min=0)
+    return squares.clamp(min=0), shares
 
 
 def exact_rows(site: Site, x: Tensor, g: Tensor, rows: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

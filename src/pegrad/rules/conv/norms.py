@@ -1,13 +1,12 @@
 """Squared norms of a convolution's per-example weight gradients, without the gradients.
 
-Both kernels take `x` `(B, C, *size)` and `g` `(B, D, *output)` and return two times `(B,)`. With `u[t]` a row of the
-unfolded input, the first is
+Both kernels take `x` `(B, C, *size)` and `g` `(B, D, *output)` and return `Squares`. With `u[t]` a row of the unfolded
+input,
 
     norm² = sum over positions t, t' of  (g[t] · g[t']) * (u[t] · u[t'])
 
-for each group of channels, and the second the part of it that has t = t': see `Site.norming`. They take a few examples
-at a time, or one example in blocks of rows of the two Gram matrices, so that memory is bounded whatever the number of
-positions.
+for each group of channels. They take a few examples at a time, or one example in blocks of rows of the two Gram
+matrices, so that memory is bounded whatever the number of positions.
 """
 
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from torch import Tensor
 from pegrad.numerics import BLOCK
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.conv.kernels import windows
-from pegrad.rules.gram import Squares, few_at_a_time, gram_norm
+from pegrad.rules.gram import Squares, few_at_a_time, gram_norm, note_diagonals
 
 
 def gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Squares:
@@ -39,8 +38,7 @@ def _gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry) -> Squares:
     columns = windows(x.unflatten(1, (groups, -1)).flatten(0, 1), geometry)  # (B * groups, C / groups, *out, *kernel)
     rows = columns.permute(0, *range(2, 2 + nd), 1, *range(2 + nd, 2 + 2 * nd)).reshape(batch * groups, positions, -1)
     lines = g.reshape(batch * groups, -1, positions).mT
-    squares, terms = gram_norm(rows, lines)
-    return squares.reshape(batch, groups).sum(1), terms.reshape(batch, groups).sum(1)
+    return gram_norm(rows, lines).over_groups(groups)
 
 
 def gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Squares:
@@ -60,7 +58,7 @@ def _gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Squares:
     size, output = padded.shape[2:], g.shape[2:]
     pixels = padded.reshape(batch * groups, -1, prod(size))
     lines = g.reshape(batch * groups, -1, *output)
-    total, terms = x.new_zeros(batch * groups), x.new_zeros(batch * groups)
+    found = Squares(*x.new_zeros(4, batch * groups))
     for block in _row_blocks(geometry, batch * groups, size, output):
         top = block.start * geometry.stride[0]
         bottom = (block.stop - 1) * geometry.stride[0] + geometry.dilation[0] * (geometry.kernel[0] - 1) + 1
@@ -69,10 +67,10 @@ def _gram_box(x: Tensor, g: Tensor, geometry: Geometry) -> Squares:
         for axis in range(nd):
             products = _filter(products, axis + 1, axis + 1 + nd, geometry, axis)
         weights = lines[:, :, block].flatten(2).mT @ lines.flatten(2)
-        products = products.reshape(weights.shape).mul_(weights)
-        terms += products.diagonal(block.start * prod(output[1:]), dim1=1, dim2=2).sum(1)
-        total += products.flatten(1).sum(1)
-    return total.reshape(batch, groups).sum(1), terms.reshape(batch, groups).sum(1)
+        products = products.reshape(weights.shape)
+        note_diagonals(found, products, weights, block.start * prod(output[1:]))
+        found.norms.add_(products.mul_(weights).flatten(1).sum(1))
+    return found.over_groups(groups)
 
 
 def _filter(products: Tensor, row: int, column: int, geometry: Geometry, axis: int) -> Tensor:
