@@ -84,11 +84,11 @@ class Call:
         if self.size:  # what stands in for an empty batch need not reach the parameters
             self.loss.check_dependence()
         leaves = (*self.problem.params, *self.problem.batch)
-        for name, leaf, version in zip(self.loss.names(), leaves, self.versions, strict=True):
+        for i, (leaf, version) in enumerate(zip(leaves, self.versions, strict=True)):
             if leaf._version != version:
                 raise LossError(
-                    f"The loss changes {name} in place, so it is not a pure function: make a new tensor (a = a * b in "
-                    "place of a.mul_(b); an activation with inplace=False)"
+                    f"The loss changes {self.loss.names()[i]} in place, so it is not a pure function: make a new "
+                    "tensor (a = a * b in place of a.mul_(b); an activation with inplace=False)"
                 )
 
     def losses(self, parts: Sequence[Values]) -> Tensor:

@@ -44,6 +44,11 @@ def paths(tree: PyTree) -> list[str]:
     return [accessor.codify("") for accessor in optree.tree_accessors(tree, namespace=NAMESPACE)]
 
 
+def path(tree: PyTree, leaf: int) -> str:
+    """Return the path of one leaf: for errors, for it costs as much as all of them."""
+    return paths(tree)[leaf]
+
+
 def flatten_params(params: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec]:
     """Flatten parameters, having checked that every leaf can carry a gradient.
 
@@ -54,18 +59,18 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec]:
     leaves, spec = flatten(params)
     if not leaves:
         raise LeafError("params has no leaves: expected a pytree with at least one floating-point tensor")
-    for path, leaf in zip(paths(params), leaves, strict=True):
-        _check_tensor("params", path, leaf)
+    for i, leaf in enumerate(leaves):
+        _check_tensor("params", params, i, leaf)
         if not leaf.is_floating_point():
             raise LeafError(
-                f"params{path} has dtype {leaf.dtype}, which has no gradient: expected a floating-point tensor. "
-                "Pass integer tensors in the batch, or close over them in the loss"
+                f"params{path(params, i)} has dtype {leaf.dtype}, which has no gradient: expected a floating-point "
+                "tensor. Pass integer tensors in the batch, or close over them in the loss"
             )
         if isinstance(leaf, nn.Parameter) and not leaf.requires_grad:
             raise LeafError(
-                f"params{path} is an nn.Parameter with requires_grad=False, but every leaf of params gets a gradient "
-                "and noise. Pass only those to be trained, such as {name: p for name, p in module.named_parameters() "
-                "if p.requires_grad}: torch.func.functional_call takes the others from the module. To train this one "
+                f"params{path(params, i)} is an nn.Parameter with requires_grad=False, but every leaf of params gets a "
+                "gradient and noise. Pass only those to be trained, such as {name: p for name, p in "
+                "module.named_parameters() if p.requires_grad}: torch.func.functional_call takes the others from the module. To train this one "
                 "too, pass leaf.detach()"
             )
     return [_recordable(leaf) for leaf in leaves], spec
@@ -83,18 +88,19 @@ def flatten_batch(batch: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec, int]:
     leaves, spec = flatten(batch)
     if not leaves:
         raise LeafError("batch has no leaves: expected a pytree of tensors with one leading batch axis")
-    names = paths(batch)
-    for path, leaf in zip(names, leaves, strict=True):
-        _check_tensor("batch", path, leaf)
+    for i, leaf in enumerate(leaves):
+        _check_tensor("batch", batch, i, leaf)
         if leaf.dim() == 0:
             raise LeafError(
-                f"batch{path} is a scalar: expected a leading batch axis. Close over constants in the loss instead"
+                f"batch{path(batch, i)} is a scalar: expected a leading batch axis. Close over constants in the loss "
+                "instead"
             )
     sizes = [leaf.shape[0] for leaf in leaves]
-    for path, size in zip(names, sizes, strict=True):
+    for i, size in enumerate(sizes):
         if size != sizes[0]:
+            names = paths(batch)
             raise LeafError(
-                f"batch{path} has {size} examples but batch{names[0]} has {sizes[0]}: "
+                f"batch{names[i]} has {size} examples but batch{names[0]} has {sizes[0]}: "
                 "every leaf needs the same leading axis. Close over what the examples share in the loss"
             )
     return [_recordable(leaf) for leaf in leaves], spec, sizes[0]
@@ -105,9 +111,9 @@ def _recordable(leaf: Tensor) -> Tensor:
     return leaf.clone() if leaf.is_inference() else leaf
 
 
-def _check_tensor(what: str, path: str, leaf: Any) -> None:
+def _check_tensor(what: str, tree: PyTree, i: int, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
         raise LeafError(
-            f"{what}{path} is of type {type(leaf).__name__}: expected a torch.Tensor. "
+            f"{what}{path(tree, i)} is of type {type(leaf).__name__}: expected a torch.Tensor. "
             "Convert it (torch.as_tensor) or take it out of the pytree"
         )

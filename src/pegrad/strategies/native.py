@@ -139,7 +139,7 @@ class Magnitudes:
 
     def squares_and_errors(self, kernel: Kernel, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Run a kernel that finds norms: their squares, errors, and those of the rows' shares: `(B,)`, float64."""
-        found = Squares(*(part.double() for part in kernel.run(self.x, self.g)))
+        found = Squares(*torch.stack(kernel.run(self.x, self.g)).double().unbind())
         # Products that are too small for the dtype are lacking in a Gram matrix, on its diagonal as well.
         numbers = _MANY * (self.x.numel() + self.g.numel()) // batch
         lacking = torch.finfo(self.g.dtype).tiny * numbers

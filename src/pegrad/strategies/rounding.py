@@ -37,7 +37,7 @@ def gram_error(terms: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
 def mistrusted_norms(squares: Tensor, errors: Tensor, floor: float, positions: int) -> Tensor:
     """Mark the rows whose squared norm is off by more than is tolerated, or is no number: `(B,)`, boolean."""
     tolerance = 2 * (TOLERANCE if positions <= MANY_POSITIONS else _BY_ITSELF)
-    return ~(errors <= tolerance * squares.clamp(min=floor**2)) | ~torch.isfinite(squares)
+    return ~((errors <= tolerance * squares.clamp(min=floor**2)) & (squares < torch.inf))
 
 
 def mistrusted_shares(weights: Tensor, errors: Tensor, bound: float, positions: int) -> Tensor:
