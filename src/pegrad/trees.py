@@ -70,8 +70,8 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec]:
             raise LeafError(
                 f"params{path(params, i)} is an nn.Parameter with requires_grad=False, but every leaf of params gets a "
                 "gradient and noise. Pass only those to be trained, such as {name: p for name, p in "
-                "module.named_parameters() if p.requires_grad}: torch.func.functional_call takes the others from the module. To train this one "
-                "too, pass leaf.detach()"
+                "module.named_parameters() if p.requires_grad}: torch.func.functional_call takes the others from "
+                "the module. To train this one too, pass leaf.detach()"
             )
     return [_recordable(leaf) for leaf in leaves], spec
 
