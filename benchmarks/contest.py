@@ -8,7 +8,7 @@ import torch
 
 from contestants import BASELINE, EVERYONE, REFERENCE
 from isolation import FailedError, in_own_process, peak
-from pegrad.comparison import relative_difference, timed
+from pegrad.papers.comparison import relative_difference, timed
 from pegrad.trees import PyTree
 from runner import Effort, Point, spread
 from workloads import Task, Workload

@@ -15,7 +15,7 @@ import pegrad
 import runner
 import toy
 from pegrad import trees
-from pegrad.comparison import relative_difference
+from pegrad.papers.comparison import relative_difference
 from pegrad.strategies import STRATEGIES
 from pegrad.trees import PyTree
 from runner import Effort, Point, Results

@@ -28,10 +28,11 @@ import pegrad
 import plotting
 import report
 import runner
-from pegrad import accounting, data, optim, random, training, trees
-from pegrad.comparison import timed
-from pegrad.data import Dataset
-from pegrad.models.layers import linear
+from pegrad import accounting, optim, random, trees
+from pegrad.papers import data, training
+from pegrad.papers.comparison import timed
+from pegrad.papers.data import Dataset
+from pegrad.papers.models.layers import linear
 from pegrad.sampling import PoissonSampler
 from runner import Effort, Point, Results, spread
 from scattering import scattering

@@ -15,7 +15,7 @@ import runner
 from contest import CLIP_NORM
 from contestants import by_strategy
 from isolation import in_own_process, peak
-from pegrad.comparison import timed
+from pegrad.papers.comparison import timed
 from runner import Effort, Point, Results, spread
 from workloads import SCALES, TABLE, Workload
 

@@ -1,7 +1,7 @@
 """The workloads' networks as ordinary modules: for the non-private gradient, and for peers that want a module.
 
-Each builder declares its parameters in the order in which its counterpart in `pegrad.models` does, so that a module
-can be given that one's parameters.
+Each builder declares its parameters in the order in which its counterpart in `pegrad.papers.models` does, so that a
+module can be given that one's parameters.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ class MeanPool(nn.Module):
 
 
 def small_cnn() -> nn.Sequential:
-    """See `pegrad.models.small_cnn`."""
+    """See `pegrad.papers.models.small_cnn`."""
     layers: list[nn.Module] = []
     for before, after in ((3, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.Tanh()]
@@ -79,7 +79,7 @@ def small_cnn() -> nn.Sequential:
 
 
 def alexnet() -> nn.Sequential:
-    """See `pegrad.models.alexnet`."""
+    """See `pegrad.papers.models.alexnet`."""
     return nn.Sequential(
         *(nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
         *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
@@ -92,12 +92,12 @@ def alexnet() -> nn.Sequential:
 
 
 def vgg(depth: int) -> nn.Sequential:
-    """See `pegrad.models.vgg`."""
+    """See `pegrad.papers.models.vgg`."""
     return nn.Sequential(*_vgg_features(depth), nn.Flatten(), nn.Linear(512, 10))
 
 
 def vgg_imagenet(depth: int) -> nn.Sequential:
-    """See `pegrad.models.vgg_imagenet`."""
+    """See `pegrad.papers.models.vgg_imagenet`."""
     return nn.Sequential(
         *(*_vgg_features(depth), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(25088, 4096), nn.ReLU()),
         *(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000)),
@@ -118,7 +118,7 @@ _VGG_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 
 
 
 def resnet(depth: int) -> nn.Sequential:
-    """See `pegrad.models.resnet`; 18, 34 and 50 layers."""
+    """See `pegrad.papers.models.resnet`; 18, 34 and 50 layers."""
     conv, norm = partial(nn.Conv2d, bias=False), partial(nn.GroupNorm, 32)
     bottlenecks = depth >= 50
 
@@ -151,7 +151,7 @@ _RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
 def wrn(depth: int, width: int) -> nn.Sequential:
-    """See `pegrad.models.wrn`; without weight standardisation."""
+    """See `pegrad.papers.models.wrn`; without weight standardisation."""
 
     def unit(before: int, after: int, kernel_size: int, stride: int) -> tuple[nn.Module, ...]:
         convolution = nn.Conv2d(before, after, kernel_size, stride, kernel_size // 2)
@@ -170,7 +170,7 @@ def wrn(depth: int, width: int) -> nn.Sequential:
 
 
 def vit() -> nn.Sequential:
-    """See `pegrad.models.vit`."""
+    """See `pegrad.papers.models.vit`."""
     dim, heads, patches = 192, 3, 64
     layers: list[nn.Module] = [nn.Conv2d(3, dim, 4, 4), Embedding(patches, dim)]
     for _ in range(6):
@@ -185,7 +185,7 @@ def twin(build: Callable[[], nn.Module], params: PyTree) -> nn.Module:
 
     Args:
         build: one of the functions above.
-        params: what the model of the same name in `pegrad.models` has for parameters: nested dicts.
+        params: what the model of the same name in `pegrad.papers.models` has for parameters: nested dicts.
 
     Returns:
         The module, in training mode.

@@ -21,7 +21,7 @@ import runner
 from contest import CLIP_NORM
 from contestants import BASELINE, CONTESTANTS
 from isolation import in_own_process
-from pegrad.comparison import timed
+from pegrad.papers.comparison import timed
 from runner import Effort, Point, Results
 from workloads import SCALES, Workload
 

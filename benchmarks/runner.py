@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pegrad import comparison
+from pegrad.papers import comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("opacus", "backpack-for-pytorch", "jax", "jax-privacy")

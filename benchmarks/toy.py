@@ -8,10 +8,11 @@ import torch
 
 import pegrad
 from isolation import in_own_process
-from pegrad import models, random, trees
-from pegrad.comparison import interleaved
+from pegrad import random, trees
+from pegrad.papers import models
+from pegrad.papers.comparison import interleaved
+from pegrad.papers.training import cross_entropy, mean_grad
 from pegrad.strategies import STRATEGIES, GroupedConv, Strategy
-from pegrad.training import cross_entropy, mean_grad
 from pegrad.trees import PyTree
 from runner import Effort, Point, spread
 
@@ -31,7 +32,7 @@ def problem(sizes: Mapping[str, Any], batch_size: int, device: str) -> tuple[Any
     """Make the loss, fresh parameters, and a batch of standard normal images with uniform labels.
 
     Args:
-        sizes: arguments of `pegrad.models.toy_cnn`; `image_size` among them.
+        sizes: arguments of `pegrad.papers.models.toy_cnn`; `image_size` among them.
         batch_size: examples in the batch.
         device: where.
     """

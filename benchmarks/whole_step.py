@@ -13,7 +13,7 @@ from torch import Tensor
 import pegrad
 from contest import CLIP_NORM, FEW
 from isolation import FailedError, in_own_process, peak
-from pegrad.comparison import interleaved
+from pegrad.papers.comparison import interleaved
 from pegrad.trees import PyTree
 from runner import Effort, Point, spread
 from workloads import Task, Workload

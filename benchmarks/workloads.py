@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import native
-from pegrad import models, random, trees
-from pegrad.models import Model
+from pegrad import random, trees
+from pegrad.papers import models
+from pegrad.papers.models import Model
 from pegrad.per_example import Loss
 from pegrad.trees import PyTree
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import pegrad
-from pegrad import models
+from pegrad.papers import models
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -100,7 +100,7 @@ def test_ratios_are_reported_by_median_and_quartiles(runner) -> None:
 
 
 def test_every_network_has_an_equal_module(module) -> None:
-    """Catches: a module whose layers, or the order of whose parameters, are not those of `pegrad.models`."""
+    """Catches: a module whose layers, or the order of whose parameters, are not those of `pegrad.papers.models`."""
     native, workloads = module("native"), module("workloads")
     # One of each family; at 224x224 and with 138 million parameters, the smallest image will do.
     chosen = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pegrad.__main__ import main
-from pegrad.comparison import BASELINE
+from pegrad.papers.comparison import BASELINE
 from pegrad.rules.conv import KERNELS
 from pegrad.strategies import STRATEGIES
 
@@ -157,7 +157,7 @@ def test_library_errors_are_one_line_and_status_1(tmp_path, capsys):
 @pytest.mark.parametrize("package", ["rich", "tqdm", "matplotlib", "sklearn"])
 def test_a_missing_package_names_its_extra(package, capsys, monkeypatch):
     """Catches: packages of the extra that are imported with the library, and a bare ModuleNotFoundError."""
-    for name in [name for name in sys.modules if name.startswith(("pegrad.cli.", "pegrad.plots"))]:
+    for name in [name for name in sys.modules if name.startswith(("pegrad.cli.", "pegrad.papers.plots"))]:
         monkeypatch.delitem(sys.modules, name)
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from pegrad import comparison
-from pegrad.comparison import BASELINE, QUESTIONS, compare, interleaved, machine, ratios, relative_difference
 from pegrad.errors import ArgumentError
+from pegrad.papers import comparison
+from pegrad.papers.comparison import BASELINE, QUESTIONS, compare, interleaved, machine, ratios, relative_difference
 from pegrad.strategies import STRATEGIES, Strategy, Vmap
 
 

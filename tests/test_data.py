@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pegrad.data import MNIST_MEAN, MNIST_STD, Dataset, load_digits, load_mnist
 from pegrad.errors import DataFileError, MissingExtraError
+from pegrad.papers.data import MNIST_MEAN, MNIST_STD, Dataset, load_digits, load_mnist
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pegrad import models, random, trees
+from pegrad import random, trees
 from pegrad.errors import ArgumentError
-from pegrad.models import MODELS, Model
-from pegrad.models.initialisers import kaiming_fan_out, normal, normal_fan_in, uniform_fan_in
-from pegrad.models.layers import conv, group_norm, linear, output_size, standardise
+from pegrad.papers import models
+from pegrad.papers.models import MODELS, Model
+from pegrad.papers.models.initialisers import kaiming_fan_out, normal, normal_fan_in, uniform_fan_in
+from pegrad.papers.models.layers import conv, group_norm, linear, output_size, standardise
 
 
 class Residual(nn.Module):

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 import pegrad
-from pegrad import models, random
+from pegrad import random
 from pegrad.call import Call
+from pegrad.papers import models
 from pegrad.rules import gram
 from pegrad.rules.conv import kernels, norms
 from pegrad.rules.conv.geometry import Geometry

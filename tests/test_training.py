@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from pegrad import accounting, random, trees
-from pegrad.data import Dataset
 from pegrad.dp_sgd import DPSGD
 from pegrad.errors import ArgumentError
-from pegrad.models import Model
-from pegrad.sampling import PoissonSampler, ShuffledSampler
-from pegrad.training import (
+from pegrad.papers.data import Dataset
+from pegrad.papers.models import Model
+from pegrad.papers.training import (
     PRESETS,
     PlainSGD,
     Privacy,
@@ -25,6 +24,7 @@ from pegrad.training import (
     mean_grad,
     steps,
 )
+from pegrad.sampling import PoissonSampler, ShuffledSampler
 
 SETTINGS = Settings(batch_size=8, epochs=1.0, lr=1e-2)
 PRIVACY = Privacy(delta=1e-3, noise_multiplier=1.0, clip_norm=0.5)

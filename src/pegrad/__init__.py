@@ -1,6 +1,6 @@
 """Per-example gradients and differentially private SGD for pure PyTorch functions."""
 
-from pegrad import accounting, auditing, data, models, optim, random, sampling
+from pegrad import accounting, auditing, optim, random, sampling
 from pegrad.check import check
 from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step, add_noise, dp_sgd
@@ -32,7 +32,7 @@ from pegrad.rules.site import Kernel, Site
 from pegrad.statistics import Moments, gradient_gram, gradient_moments, gradient_noise_scale, per_example_dot
 from pegrad.strategies import STRATEGIES, Auto, BookKeeping, Ghost, GroupedConv, Naive, Strategy, Vmap
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DPSGD",
@@ -73,13 +73,11 @@ __all__ = [
     "autotune",
     "check",
     "clipped_grad",
-    "data",
     "dp_sgd",
     "explain",
     "gradient_gram",
     "gradient_moments",
     "gradient_noise_scale",
-    "models",
     "operation",
     "optim",
     "per_example_dot",

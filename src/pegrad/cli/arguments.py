@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pegrad.comparison import QUESTIONS
-from pegrad.models import MODELS
+from pegrad.papers.comparison import QUESTIONS
+from pegrad.papers.models import MODELS
+from pegrad.papers.training import PRESETS
 from pegrad.strategies import STRATEGIES
-from pegrad.training import PRESETS
 
 _ONLY_WITH_DP = ("strategy", "noise_multiplier", "epsilon", "delta", "clip_norm", "microbatch_size")
 

@@ -6,12 +6,13 @@ import inspect
 import torch
 from rich.console import Console
 
-from pegrad import comparison, random, trees
+from pegrad import random, trees
 from pegrad.cli.tables import timings
-from pegrad.models import MODELS
+from pegrad.papers import comparison
+from pegrad.papers.models import MODELS
+from pegrad.papers.training import cross_entropy
 from pegrad.rules.conv import KERNELS
 from pegrad.strategies import STRATEGIES, GroupedConv, Strategy
-from pegrad.training import cross_entropy
 
 _KEY = random.key(0)  # times hardly depend on the numbers, so they may as well be the same each time
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from pegrad.comparison import BASELINE, Row, machine
+from pegrad.papers.comparison import BASELINE, Row, machine
 
 
 def timings(title: str, rows: Iterable[Row]) -> Table:

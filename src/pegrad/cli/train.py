@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pegrad
-from pegrad import comparison, data, plots, random, trees
+from pegrad import random, trees
 from pegrad.cli.tables import timings
-from pegrad.data import Dataset
-from pegrad.training import (
+from pegrad.papers import comparison, data, plots
+from pegrad.papers.data import Dataset
+from pegrad.papers.training import (
     PRESETS,
     Evaluation,
     Plan,

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from pegrad.models.base import Model, on_images, sequential
-from pegrad.models.layers import conv, linear, max_pool, output_size
+from pegrad.papers.models.base import Model, on_images, sequential
+from pegrad.papers.models.layers import conv, linear, max_pool, output_size
 
 
 def alexnet(

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from pegrad.errors import ArgumentError
-from pegrad.models.base import Model, Params
-from pegrad.models.initialisers import Initialiser, normal_fan_in, uniform_fan_in
+from pegrad.papers.models.base import Model, Params
+from pegrad.papers.models.initialisers import Initialiser, normal_fan_in, uniform_fan_in
 
 
 def conv(

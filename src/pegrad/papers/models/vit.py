@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from pegrad import random
 from pegrad.errors import ArgumentError
-from pegrad.models.base import Layer, Model, Params, add, identity, on_images, sequential
-from pegrad.models.layers import conv, layer_norm, linear
+from pegrad.papers.models.base import Layer, Model, Params, add, identity, on_images, sequential
+from pegrad.papers.models.layers import conv, layer_norm, linear
 
 
 def vit(

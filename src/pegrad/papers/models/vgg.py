@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from pegrad.errors import ArgumentError
-from pegrad.models.base import Layer, Model, on_images, sequential
-from pegrad.models.initialisers import kaiming_fan_out, normal
-from pegrad.models.layers import conv, linear, max_pool, output_size
+from pegrad.papers.models.base import Layer, Model, on_images, sequential
+from pegrad.papers.models.initialisers import kaiming_fan_out, normal
+from pegrad.papers.models.layers import conv, linear, max_pool, output_size
 
 _WIDTHS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from pegrad.models.base import Layer, Model, on_images, sequential
-from pegrad.models.initialisers import kaiming_fan_in
-from pegrad.models.layers import conv, linear, max_pool, output_size
+from pegrad.papers.models.base import Layer, Model, on_images, sequential
+from pegrad.papers.models.initialisers import kaiming_fan_in
+from pegrad.papers.models.layers import conv, linear, max_pool, output_size
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 

@@ -11,13 +11,13 @@ torch.Size([10])
 from collections.abc import Callable
 from functools import partial
 
-from pegrad.models.alexnet import alexnet
-from pegrad.models.base import Model, add, sequential
-from pegrad.models.cnn import mnist_cnn, small_cnn, tanh_cnn, toy_cnn
-from pegrad.models.resnet import resnet, resnet_imagenet
-from pegrad.models.vgg import vgg, vgg_imagenet
-from pegrad.models.vit import vit
-from pegrad.models.wrn import wrn
+from pegrad.papers.models.alexnet import alexnet
+from pegrad.papers.models.base import Model, add, sequential
+from pegrad.papers.models.cnn import mnist_cnn, small_cnn, tanh_cnn, toy_cnn
+from pegrad.papers.models.resnet import resnet, resnet_imagenet
+from pegrad.papers.models.vgg import vgg, vgg_imagenet
+from pegrad.papers.models.vit import vit
+from pegrad.papers.models.wrn import wrn
 
 __all__ = [
     "MODELS",

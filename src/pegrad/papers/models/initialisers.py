@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from pegrad import random
-from pegrad.models.base import Params
+from pegrad.papers.models.base import Params
 
 Initialiser = Callable[[torch.Tensor, tuple[int, ...]], Params]
 

@@ -6,9 +6,9 @@ from functools import partial
 import torch.nn.functional as F
 
 from pegrad.errors import ArgumentError
-from pegrad.models.base import Layer, Model, add, identity, on_images, sequential
-from pegrad.models.initialisers import kaiming_fan_out
-from pegrad.models.layers import conv, group_norm, linear, max_pool, mean_pool, standardised_conv
+from pegrad.papers.models.base import Layer, Model, add, identity, on_images, sequential
+from pegrad.papers.models.initialisers import kaiming_fan_out
+from pegrad.papers.models.layers import conv, group_norm, linear, max_pool, mean_pool, standardised_conv
 
 Convolution = Callable[..., Model]
 Norm = Callable[[int], Model]

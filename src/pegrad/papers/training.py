@@ -1,6 +1,8 @@
 """A training run in pure pieces: settings make a plan, a plan makes steps, and any step can be evaluated.
 
->>> from pegrad import data, random
+>>> from pegrad import random
+
+>>> from pegrad.papers import data
 >>> digits = data.load_digits()
 >>> privacy = Privacy(delta=1e-4, noise_multiplier=1.0)
 >>> plan = make_plan(Settings(batch_size=64, epochs=0.1, lr=1e-3), privacy, digits)
@@ -19,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pegrad import accounting, models, optim, random, trees
-from pegrad.data import Dataset
+from pegrad import accounting, optim, random, trees
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step, dp_sgd
 from pegrad.errors import ArgumentError
-from pegrad.models import Model
+from pegrad.papers import models
+from pegrad.papers.data import Dataset
+from pegrad.papers.models import Model
 from pegrad.per_example import Loss
 from pegrad.sampling import Draw, PoissonSampler, ShuffledSampler
 from pegrad.trees import PyTree

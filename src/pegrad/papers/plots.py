@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pegrad.training import Evaluation
+from pegrad.papers.training import Evaluation
 
 _BLUE, _ORANGE, _INK, _GREY = "#2f6db5", "#e0862c", "#333333", "#8a8a8a"
 _BINS = 60

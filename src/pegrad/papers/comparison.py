@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pegrad import per_example, trees
 from pegrad.errors import ArgumentError
+from pegrad.papers.training import mean_grad
 from pegrad.per_example import Loss
 from pegrad.strategies import STRATEGIES, Strategy
-from pegrad.training import mean_grad
 from pegrad.trees import PyTree
 
 BASELINE = "non-private gradient"

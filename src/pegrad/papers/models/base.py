@@ -37,7 +37,7 @@ def sequential(**layers: Layer) -> Model:
         Their composition, whose parameters are a dict by layer name.
 
     >>> from pegrad import random
-    >>> from pegrad.models.layers import linear
+    >>> from pegrad.papers.models.layers import linear
     >>> model = sequential(hidden=linear(2, 3), tanh=torch.tanh, output=linear(3, 1))
     >>> params = model.init(random.key(0))
     >>> list(params), model.apply(params, torch.zeros(2)).shape
