@@ -43,3 +43,7 @@ class CheckError(PegradError, RuntimeError):
     def __init__(self, message: str, report: object = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class FallbackWarning(UserWarning):
+    """`auto` runs a loss as a loop over the examples, because no faster strategy can run it; the message says why."""

@@ -14,6 +14,7 @@ from pegrad.numerics import accumulator
 from pegrad.strategies import Strategy, resolve
 from pegrad.strategies.base import Leaves
 from pegrad.strategies.failures import attributed
+from pegrad.strategies.paths import ByPath
 from pegrad.tracing.eager import eager
 from pegrad.trees import PyTree
 
@@ -109,7 +110,7 @@ def per_example_value_and_grad(
     def values_and_grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PerExample:
         call = Call.of(loss, params, batch, mask)
         with attributed(chosen, call.problem):
-            answers = [chosen.stacked(chunk) for chunk in call.chunks(chunk_size)]
+            answers = [ByPath(chosen).stacked(chunk) for chunk in call.chunks(chunk_size)]
         grads, values = zip(*answers, strict=True)
         leaves = [call.rows(parts) for parts in zip(*grads, strict=True)]
         return PerExample(trees.unflatten(call.params, leaves), call.losses(values), call.aux(values))
@@ -141,7 +142,7 @@ def per_example_norm(
     def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
         call = Call.of(loss, params, batch, mask)
         with attributed(chosen, call.problem):
-            squares = [chosen.squared_norms(chunk)[0] for chunk in call.chunks(chunk_size)]
+            squares = [ByPath(chosen).squared_norms(chunk)[0] for chunk in call.chunks(chunk_size)]
         return _norms(call, squares)
 
     return norms
@@ -223,7 +224,7 @@ class ClippedGrad:
         squares, values = [], []
         for chunk in call.chunks(self.microbatch_size):
             with attributed(self.strategy, chunk):
-                parts, norms, value = self.strategy.weighted_sum(chunk, self.clipping)
+                parts, norms, value = ByPath(self.strategy).weighted_sum(chunk, self.clipping)
             sums.add(parts)
             squares.append(norms)
             values.append(value)

@@ -11,6 +11,7 @@ from pegrad.strategies.base import Problem, Strategy
 from pegrad.strategies.naive import Naive
 from pegrad.tracing.batched import transformed
 from pegrad.tracing.explanations import explanation
+from pegrad.tracing.questions import Split
 
 
 @contextmanager
@@ -25,7 +26,8 @@ def attributed(strategy: Strategy, problem: Problem) -> Iterator[None]:
         problem: what it runs on.
 
     Raises:
-        StrategyError: the plain loop can differentiate the loss. The message names no number of the batch's; the
+        StrategyError: the plain loop can differentiate the loss, or the examples take different paths through it, and
+            nobody has asked which. The message names no number of the batch's; the
             exception that started it is its cause.
         Exception: the plain loop's own, if it fails as well.
     """
@@ -34,14 +36,25 @@ def attributed(strategy: Strategy, problem: Problem) -> Iterator[None]:
         return
     except PegradError:
         raise
+    except Split as split:
+        raise StrategyError(
+            f"The loss asks a tensor for its value ({split.question}), and examples give different answers, which this "
+            "function cannot follow: write it with torch.where, or ask for stacked gradients, which every path gives"
+        ) from None
     except Exception as error:
-        if _out_of_memory(error):
+        if out_of_memory(error):
             raise
         failure = error
     advice = _ask_the_loop(strategy, problem)
     # An exception's own words may hold an example's numbers.
-    reason = explanation(failure) or f"It ended with a {type(failure).__name__} (above)"
-    raise StrategyError(f"{type(strategy).__name__} cannot run this loss. {reason}. {advice}") from failure
+    raise StrategyError(f"{type(strategy).__name__} cannot run this loss. {reason(failure)}. {advice}") from failure
+
+
+def reason(failure: Exception) -> str:
+    """Say why a strategy could not run a loss."""
+    operation = getattr(failure, "pegrad_operation", None)
+    where = f" in {operation}" if operation else ""
+    return explanation(failure) or f"It ended with a {type(failure).__name__}{where} (above)"
 
 
 def _ask_the_loop(strategy: Strategy, problem: Problem) -> str:
@@ -65,5 +78,5 @@ def _ask_the_loop(strategy: Strategy, problem: Problem) -> str:
     return "Plain autograd can, but so far no strategy"
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

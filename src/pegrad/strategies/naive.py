@@ -1,24 +1,96 @@
 """`naive`: one gradient after another. Slow, obvious, and what the others are checked against."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 from torch.func import grad_and_value
 
+from pegrad.clipping import Weighting
+from pegrad.numerics import BLOCK
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
+from pegrad.tracing.batched import transformed
 
 
 class Naive(Strategy):
-    """Loop over the examples; the only strategy under which the loss may be any Python at all."""
+    """Loop over the examples; the only strategy under which the loss may be any Python at all.
+
+    It holds the stacked gradients of a few examples at a time, unless they are what is asked for.
+    """
 
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
         """See `Strategy.stacked`."""
-        gradient = grad_and_value(problem.loss, has_aux=True)
+        gradient = _transformed if transformed() else _plain
         grads, losses, auxes = [], [], []
         for b in range(problem.batch_size):
-            grad, (loss, aux) = gradient(problem.params, [leaf[b] for leaf in problem.batch])
+            grad, loss, aux = gradient(problem, [leaf[b] for leaf in problem.batch])
             grads.append(grad)
             losses.append(loss)
             auxes.append(aux)
         return _stack(grads), Values(torch.stack(losses), _stack(auxes))
+
+    def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
+        """See `Strategy.squared_norms`."""
+        squares, values = zip(*(super(Naive, self).squared_norms(part) for part in _parts(problem)), strict=True)
+        return torch.cat(squares), _join(values)
+
+    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
+        """See `Strategy.weighted_sum`."""
+        totals: Leaves = []
+        squares, values = [], []
+        for part in _parts(problem):
+            sums, squares_here, values_here = super().weighted_sum(part, weighting)
+            wide = [leaf.double() for leaf in sums]  # one after another, many float32 would round
+            totals = [a + b for a, b in zip(totals, wide, strict=True)] if totals else wide
+            squares.append(squares_here)
+            values.append(values_here)
+        dtypes = [problem.sum_dtype(leaf) for leaf in problem.params]
+        totals = [total.to(dtype) for total, dtype in zip(totals, dtypes, strict=True)]
+        return totals, torch.cat(squares), _join(values)
+
+
+def _plain(problem: Problem, example: Leaves) -> tuple[Leaves, Tensor, Leaves]:
+    """Run one example under plain autograd; through what it gives, the caller can differentiate on."""
+    onwards = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (*problem.params, *example))
+    leaves = [
+        leaf.view_as(leaf) if onwards and leaf.requires_grad else leaf.detach().requires_grad_()
+        for leaf in problem.params
+    ]
+    with torch.enable_grad():
+        loss, aux = problem.loss(leaves, example if onwards else [leaf.detach() for leaf in example])
+    grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, leaves, create_graph=onwards, allow_unused=True)
+    rows = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(problem.params, grads, strict=True)]
+    if onwards:
+        return rows, loss, aux
+    return [row.detach() for row in rows], loss.detach(), [leaf.detach() for leaf in aux]
+
+
+def _transformed(problem: Problem, example: Leaves) -> tuple[Leaves, Tensor, Leaves]:
+    """Run one example under a transform of torch.func, where plain autograd may not be called."""
+    grads, (loss, aux) = grad_and_value(problem.loss, has_aux=True)(problem.params, example)
+    return grads, loss, aux
+
+
+def _parts(problem: Problem) -> Iterator[Problem]:
+    """Split the rows, so that the gradients of a part are few."""
+    numbers = sum(leaf.numel() for leaf in problem.params)
+    step = max(1, BLOCK // max(1, numbers))
+    if step >= problem.batch_size:
+        yield problem
+        return
+    for start in range(0, problem.batch_size, step):
+        rows = slice(start, start + step)
+        mask = None if problem.mask is None else problem.mask[rows]
+        batch = [leaf[rows] for leaf in problem.batch]
+        yield replace(problem, batch=batch, mask=mask, whole=problem.sum_rows)
+
+
+def _join(values: list[Values] | tuple[Values, ...]) -> Values:
+    auxes = zip(*(part.aux for part in values), strict=True)
+    return Values(torch.cat([part.losses for part in values]), [torch.cat(column) for column in auxes])
 
 
 def _stack(rows: list[Leaves]) -> Leaves:

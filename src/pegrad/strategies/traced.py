@@ -95,7 +95,7 @@ class Traced(Strategy):
 
     def trace(self, problem: Problem, apart: Collection[int] = ()) -> Trace:
         """Run the loss forward; of the leaves in `apart` each example gets a copy."""
-        return Trace(problem.loss, problem.params, problem.batch, {**RULES, **self.rules}, apart)
+        return Trace(problem.loss, problem.params, problem.batch, {**RULES, **self.rules}, apart, problem.mask)
 
     def choose(self, site: Site, tapped: Tapped) -> Candidate:
         """Pick the way to a site's norms and weighted sum."""

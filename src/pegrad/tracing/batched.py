@@ -30,10 +30,16 @@ def physical(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def batch_first(tensor: Tensor) -> Tensor:
+    """Return what lies in memory of a tensor that is batched by the `vmap` that is running: `(B, ...)`."""
+    functorch = torch._C._functorch
+    return functorch.get_unwrapped(tensor).movedim(functorch.maybe_get_bdim(tensor), 0)
+
+
 def is_constant(tensor: Tensor) -> bool:
     """Tell whether a value is known not to depend on what the innermost `torch.func.grad` differentiates by.
 
-    Outside such a transform nothing is known. A tensor that requires a gradient of plain autograd's, such as a weight
+    Directly under `vmap` nothing is known. A tensor that requires a gradient of plain autograd's, such as a weight
     that the loss took from a module, is a constant.
     """
     functorch = torch._C._functorch

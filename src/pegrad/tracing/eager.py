@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from pegrad.tracing.generators import Generators
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _REASON = "pegrad looks at every operation of the loss while it runs, which a compiled graph would hide from it"
@@ -31,10 +33,10 @@ def eager(function: F) -> F:
             if not apart:
                 apart.append(torch.compiler.disable(compiled_eagerly, reason=_REASON))
             return apart[0](*args, **kwargs)
-        generators = _generators()
+        generators = Generators.now()
         result = recorded(*args, **kwargs)
         if "torch._dynamo" in sys.modules:  # the loss itself may just have compiled something, and not been seen whole
-            _restore(generators)
+            generators.restore()
             return run(*args, **kwargs)
         return result
 
@@ -49,18 +51,6 @@ def eager(function: F) -> F:
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]
-
-
-def _generators() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the states of torch's generators, which a loss that runs twice must find as they were."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-
-def _restore(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    cpu, cuda = states
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
 
 
 _lock = threading.Lock()

@@ -1,6 +1,6 @@
 """Which parameter leaves a tensor was made of, and whether its norm tells theirs: read from autograd's graph."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,3 +66,20 @@ def lineage(tensor: Tensor, leaves: Mapping[int, int]) -> Lineage:
         cast |= node.name().startswith("ToCopyBackward")
         stack += parents
     return Lineage(frozenset(found), isometric and len(found) == 1, linear, cast)
+
+
+def reaches(value: Tensor, tensors: Iterable[Tensor]) -> bool:
+    """Tell whether a value's graph leads to any of some tensors, leaves of it or not."""
+    leaves = {id(tensor) for tensor in tensors if tensor.grad_fn is None}
+    nodes = {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
+    if value.grad_fn is None:
+        return value.requires_grad and id(value) in leaves
+    seen: set[Any] = set()
+    stack: list[Any] = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in nodes or (node.name() == _LEAF and id(node.variable) in leaves):
+            return True
+        seen.add(node)
+        stack += [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
+    return False

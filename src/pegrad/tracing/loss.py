@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.errors import LeafError, LossError, PegradError
-from pegrad.tracing.batched import is_constant
+from pegrad.tracing.batched import is_constant, transformed
 from pegrad.tracing.explanations import explanation
 from pegrad.tracing.interception import Interception
+from pegrad.tracing.lineage import reaches
 from pegrad.tracing.strided import STRIDED
 
 
@@ -48,8 +49,14 @@ class FlatLoss:
                 raise error  # the loss caught what the plain loop would not have raised, and took another path
         value, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         _check_scalar(value)
-        self._ran, self._depends = True, self._depends or not is_constant(value)
-        leaves, self._aux = trees.flatten(aux)
+        self._ran, self._depends = True, self._depends or _depends(value, params)
+        leaves, structure = trees.flatten(aux)
+        if self._aux is not None and structure != self._aux:
+            raise LossError(
+                "The loss returns aux of one structure for some examples and of another for others: return the same "
+                "names and numbers of tensors on every path"
+            )
+        self._aux = structure
         for path, leaf in zip(trees.paths(aux), leaves, strict=True):
             if not isinstance(leaf, Tensor | bool | int | float):
                 raise LeafError(
@@ -76,13 +83,22 @@ class FlatLoss:
         return trees.unflatten(self._aux, leaves)
 
 
-def independent() -> LossError:
+class IndependentError(LossError):
+    """The loss depends on no parameter."""
+
+
+def independent() -> IndependentError:
     """Make the error of a loss that depends on no parameter: its gradient is zero, and a step would be noise alone."""
-    return LossError(
+    return IndependentError(
         "The loss does not depend on any leaf of params, so every gradient is zero. Does it call a module itself, "
         "whose weights are its own, in place of torch.func.functional_call(module, params, ...)? Or does it cut the "
         "graph (detach, no_grad, .item(), .data)?"
     )
+
+
+def _depends(value: Tensor, params: list[Tensor]) -> bool:
+    """Tell whether a value depends on parameters; under `vmap` alone nobody knows, and the trace asks itself."""
+    return not is_constant(value) if transformed() else reaches(value, params)
 
 
 def _check_scalar(value: Any) -> None:

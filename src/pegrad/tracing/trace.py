@@ -30,6 +30,7 @@ from pegrad.rules.site import Rule, Site
 from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
+from pegrad.tracing.questions import QUESTIONS, Inquiry
 from pegrad.tracing.sound import SOUND
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
@@ -67,6 +68,10 @@ class Trace(TorchFunctionMode):
         batch: the batch's leaves, each `(B, ...)`, B >= 1.
         rules: for each function that has one, its rule.
         apart: indices of the leaves of which each example gets a copy from the start, whatever their uses.
+        mask: `(B,)`, boolean; False marks rows whose path through the loss does not matter. None: all rows' does.
+
+    Raises:
+        Split: the examples take different paths.
 
     Attributes:
         params: the leaves that the loss was given: the parameters, cut off from any graph of the caller's.
@@ -83,6 +88,7 @@ class Trace(TorchFunctionMode):
         batch: Sequence[Tensor],
         rules: Mapping[Callable, Rule],
         apart: Collection[int] = (),
+        mask: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.params = [leaf.detach().requires_grad_() for leaf in params]
@@ -95,6 +101,7 @@ class Trace(TorchFunctionMode):
         self._versions: list[tuple[Tensor, int, str]] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._line = _Line()
+        self._inquiry = Inquiry(mask, batch[0].shape[0])
 
         def traced(example: list[Tensor], copies: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
             self._level = level()
@@ -104,7 +111,12 @@ class Trace(TorchFunctionMode):
         with torch.enable_grad():
             copies = {i: self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart}
             rows = [leaf.detach() for leaf in batch]
-            self.losses, aux = vmap(traced, randomness="different")(rows, copies)
+            try:
+                self.losses, aux = vmap(traced, randomness="different")(rows, copies)
+            except Exception:
+                self._inquiry.check()
+                raise
+        self._inquiry.check()
         self._check_versions()
         self.aux = [leaf.detach() for leaf in aux]
 
@@ -144,10 +156,12 @@ class Trace(TorchFunctionMode):
         if func == _REQUIRES_GRAD and is_batched(args[0]):  # the wrapper says no; its rows know
             return physical(args[0]).requires_grad
         tensors = [t for t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
-        parameters = [t for t in tensors if self.is_parameter(t)]
         witness = next((t for t in tensors if is_batched(t)), None)
         if witness is not None:
+            if func in QUESTIONS:
+                return self._inquiry.ask(func, args, kwargs)
             func = SOUND.get(func, func)
+        parameters = [t for t in tensors if self.is_parameter(t)]
         if func in _HOOKS and (parameters or witness is not None):
             raise LossError(
                 f"The loss calls {func.__name__}, which may change gradients on their way back: use strategy='vmap' or "
