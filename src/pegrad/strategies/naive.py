@@ -50,6 +50,9 @@ class Naive(Strategy):
         return totals, torch.cat(squares), _join(values)
 
 
+_NO_HOOKS = "the loop does not support saved tensor hooks"
+
+
 def _plain(problem: Problem, example: Leaves) -> tuple[Leaves, Tensor, Leaves]:
     """Run one example under plain autograd; through what it gives, the caller can differentiate on."""
     onwards = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (*problem.params, *example))
@@ -57,7 +60,8 @@ def _plain(problem: Problem, example: Leaves) -> tuple[Leaves, Tensor, Leaves]:
         leaf.view_as(leaf) if onwards and leaf.requires_grad else leaf.detach().requires_grad_()
         for leaf in problem.params
     ]
-    with torch.enable_grad():
+    # Checkpointing would run parts of the loss again when `functional_call` has put a module's own weights back.
+    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
         loss, aux = problem.loss(leaves, example if onwards else [leaf.detach() for leaf in example])
     grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if loss.requires_grad:

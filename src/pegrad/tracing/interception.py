@@ -31,5 +31,7 @@ class Interception(TorchFunctionMode):
         try:
             return self.table.get(func, func)(*args, **(kwargs or {}))
         except Exception as error:
+            if not hasattr(error, "pegrad_operation"):
+                error.pegrad_operation = getattr(func, "__name__", str(func))  # type: ignore[attr-defined]
             self.raised.append(error)
             raise

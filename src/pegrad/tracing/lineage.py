@@ -1,6 +1,6 @@
 """Which parameter leaves a tensor was made of, and whether its norm tells theirs: read from autograd's graph."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def lineage(tensor: Tensor, leaves: Mapping[int, int]) -> Lineage:
     return Lineage(frozenset(found), isometric and len(found) == 1, linear, cast)
 
 
-def reaches(value: Tensor, tensors: Iterable[Tensor]) -> bool:
+def reaches(value: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Tell whether a value's graph leads to any of some tensors, leaves of it or not."""
     leaves = {id(tensor) for tensor in tensors if tensor.grad_fn is None}
     nodes = {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}

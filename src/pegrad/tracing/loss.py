@@ -26,10 +26,13 @@ class FlatLoss:
         loss: `loss(params, example) -> scalar` or `(scalar, aux)`.
         params: the structure of the parameters.
         batch: the structure of an example.
+
+    Attributes:
+        function: the loss, as the user wrote it.
     """
 
     def __init__(self, loss: Any, params: optree.PyTreeSpec, batch: optree.PyTreeSpec) -> None:
-        self._loss = loss
+        self.function = loss
         self._params = params
         self._batch = batch
         self._aux: optree.PyTreeSpec | None = None
@@ -43,7 +46,7 @@ class FlatLoss:
             LeafError: a leaf of aux is neither a tensor nor a number.
         """
         with Interception(_REPLACEMENTS) as interception:
-            result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
+            result = self.function(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
         for error in interception.raised:
             if isinstance(error, PegradError) or explanation(error):
                 raise error  # the loss caught what the plain loop would not have raised, and took another path

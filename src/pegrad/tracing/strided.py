@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pegrad.errors import LossError
+from pegrad.errors import StrategyError
 from pegrad.tracing.batched import whole_rows
 
 
 def _guarded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def guarded(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not whole_rows(input):
-            raise LossError(
+            raise StrategyError(
                 f"The loss calls {function.__name__} on a tensor whose examples do not lie one after the other in "
                 "memory, so it would read the numbers of other examples: make the batch's leaves contiguous "
                 "(.contiguous()), use strategy='naive', or take the view by narrow, unfold or indexing"

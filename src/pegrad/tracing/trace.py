@@ -25,7 +25,7 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from pegrad import trees
-from pegrad.errors import LossError
+from pegrad.errors import StrategyError
 from pegrad.rules.site import Rule, Site
 from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
 from pegrad.tracing.lineage import lineage
@@ -163,7 +163,7 @@ class Trace(TorchFunctionMode):
             func = SOUND.get(func, func)
         parameters = [t for t in tensors if self.is_parameter(t)]
         if func in _HOOKS and (parameters or witness is not None):
-            raise LossError(
+            raise StrategyError(
                 f"The loss calls {func.__name__}, which may change gradients on their way back: use strategy='vmap' or "
                 "'naive'"
             )
@@ -176,7 +176,7 @@ class Trace(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if _writes(name) and args and args[0] is parameters[0]:
-            raise LossError(
+            raise StrategyError(
                 f"The loss writes what differs from example to example into a tensor made of params alone ({name}): "
                 "build a new tensor instead (torch.stack, torch.where, a + b), or use strategy='naive'"
             )
@@ -216,7 +216,7 @@ class Trace(TorchFunctionMode):
     def _check_versions(self) -> None:
         for source, version, operation in self._versions:
             if source._version != version:
-                raise LossError(
+                raise StrategyError(
                     f"The loss changes in place a tensor made of params, after {operation} used it: make a new tensor "
                     "(a = a * b in place of a.mul_(b)), or use strategy='naive'"
                 )
