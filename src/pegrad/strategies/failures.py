@@ -34,7 +34,7 @@ def attributed(strategy: Strategy, problem: Problem) -> Iterator[None]:
     try:
         yield
         return
-    except PegradError:
+    except (PegradError, Warning):  # a warning is one where the caller has made errors of them
         raise
     except Split as split:
         raise StrategyError(

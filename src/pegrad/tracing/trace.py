@@ -13,7 +13,6 @@ torch.func inside the loss, or through a user's `autograd.Function` between a pa
 leaf then shows up in the backward pass, or is marked, and each example gets a copy of it in a second run.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,13 +24,15 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from pegrad import trees
-from pegrad.errors import StrategyError
+from pegrad.errors import PegradError, StrategyError
 from pegrad.rules.site import Rule, Site
 from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
 from pegrad.tracing.questions import QUESTIONS, Inquiry
+from pegrad.tracing.rows import Aliases, can_separate, row_by_row
 from pegrad.tracing.sound import SOUND
+from pegrad.tracing.writes import Made, writes
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
@@ -102,6 +103,8 @@ class Trace(TorchFunctionMode):
         self._anchor = torch.zeros((), requires_grad=True)
         self._line = _Line()
         self._inquiry = Inquiry(mask, batch[0].shape[0])
+        self._aliases = Aliases()
+        self._here = Made()
 
         def traced(example: list[Tensor], copies: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
             self._level = level()
@@ -117,7 +120,9 @@ class Trace(TorchFunctionMode):
                 self._inquiry.check()
                 raise
         self._inquiry.check()
+        self._aliases.check()
         self._check_versions()
+        self._aliases, self._here = Aliases(), Made()
         self.aux = [leaf.detach() for leaf in aux]
 
     def backward(self, receive: Receive, *, last: bool = True) -> tuple[list[Tensor], list[bool]]:
@@ -172,20 +177,48 @@ class Trace(TorchFunctionMode):
             result = rule(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if not parameters or witness is None:
-            return func(*args, **kwargs)
+        if witness is None:
+            result = func(*args, **kwargs)
+            self._here.note(result, func, tensors)
+            return result
         name = getattr(func, "__name__", str(func))
-        if _writes(name) and args and args[0] is parameters[0]:
-            raise StrategyError(
-                f"The loss writes what differs from example to example into a tensor made of params alone ({name}): "
-                "build a new tensor instead (torch.stack, torch.where, a + b), or use strategy='naive'"
-            )
+        if writes(name):
+            self._admit(args[0] if args else None, witness, name)
+            parameters = [t for t in parameters if self.is_parameter(t)]
         copied = {id(p): self.expand(p, witness, name) for p in parameters}
 
         def replace(argument: Any) -> Any:
             return copied.get(id(argument), argument)
 
-        return func(*trees.map(replace, args), **trees.map(replace, kwargs))
+        if copied:
+            args, kwargs = trees.map(replace, args), trees.map(replace, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except Exception as error:
+            if writes(name) or isinstance(error, PegradError) or not can_separate(func, kwargs):
+                raise
+            try:
+                return row_by_row(self._inquiry, self._aliases, func, args, kwargs)
+            except Exception:
+                raise error from None
+
+    def _admit(self, target: Any, witness: Tensor, name: str) -> None:
+        """Let a tensor that is the same for all examples hold what differs, before that is written to it."""
+        if not isinstance(target, Tensor) or is_batched(target):
+            return
+        made = self.is_parameter(target)
+        if target in self._here and all(target is not source for source, _, _ in self._versions):
+            if made:
+                batched = self.expand(target.clone(), witness, name).clone()
+            else:
+                batched = self.run(lambda like: target.expand(len(like), *target.shape).clone(), witness)
+            if self._here.replace(target, batched):
+                return
+        raise StrategyError(
+            f"The loss writes in place to a {'tensor made of params alone' if made else 'shared tensor'} what differs "
+            f"from example to example ({name}): build a new tensor instead (torch.stack, torch.where, a + b), or use "
+            "strategy='naive'"
+        )
 
     def is_parameter(self, tensor: Any) -> bool:
         """See `Recorder.is_parameter`."""
@@ -257,11 +290,6 @@ class Trace(TorchFunctionMode):
         tapped = Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype)
         self.tapped.append(tapped)
         return _Tap.apply(y, self._anchor, x.detach(), self._line, tapped)
-
-
-def _writes(name: str) -> bool:
-    """Tell by its name whether a function changes its first argument: `mul_`, `__setitem__`, `__iadd__`."""
-    return bool(re.fullmatch(r"[a-z]\w*_|__setitem__|__i(add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor)__", name))
 
 
 class _Line:
