@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call, grad
+from torch.func import grad
 from torch.utils.checkpoint import checkpoint
 
 import oracle
 import pegrad
+from pegrad.strategies import naive
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
@@ -16,6 +16,7 @@ PARAMS = {"w": torch.ones(3)}
 SECRET = 271828.0
 BATCH = torch.tensor([[1.0, 2.0, 3.0], [SECRET, 5.0, 6.0]])
 VECTORISED = ["vmap", "grouped_conv", "ghost", "book_keeping", "auto"]
+TRANSFORMED = ["vmap", "grouped_conv"]
 
 
 def branches(params, x):
@@ -57,7 +58,7 @@ STATISTICS = [
 ]
 
 
-@pytest.mark.parametrize("strategy", VECTORISED)
+@pytest.mark.parametrize("strategy", TRANSFORMED)
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [
@@ -83,16 +84,37 @@ def test_statistics_and_explain_say_so_too(ask):
         ask(branches, PARAMS, BATCH)
 
 
-@pytest.mark.parametrize("strategy", ["naive", "vmap", "grouped_conv"])
-def test_no_strategy_is_recommended_that_fails_as_well(strategy):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, x: Doubled.apply(p["w"] * x).sin().sum(),
+        lambda p, x: torch.tensor_split(p["w"] * x, torch.tensor([1]))[0].sin().sum(),
+    ],
+)
+def test_the_loop_runs_what_no_transform_can(loss):
     """Catches: sending the user to a strategy that fails in the same way."""
-    for loss in (
-        lambda p, x: Doubled.apply(p["w"] * x).sum(),
-        lambda p, x: torch.tensor_split(p["w"] * x, torch.tensor([1]))[0].sum(),
-    ):
-        with pytest.raises(pegrad.StrategyError, match="Plain autograd can") as caught:
+    for strategy in TRANSFORMED:
+        with pytest.raises(pegrad.StrategyError, match="strategy='naive'"):
             pegrad.per_example_grad(loss, strategy=strategy)(PARAMS, BATCH)
-        assert "strategy='naive'" not in str(caught.value)
+    expected = oracle.per_example_grads(loss, PARAMS, BATCH)
+    params, batch = oracle.double(PARAMS), BATCH.double()
+    oracle.assert_close(pegrad.per_example_grad(loss, strategy="naive")(params, batch), expected)
+    out = pegrad.clipped_grad(loss, clip_norm=0.5, strategy="naive")(params, batch)
+    oracle.assert_close(out.grads, oracle.clipped_sum(expected, 0.5))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_the_loop_holds_the_gradients_of_few_examples(size, monkeypatch):
+    """Catches: the stacked gradients of a batch held for a sum, or the parts of it put together wrongly."""
+    monkeypatch.setattr(naive, "BLOCK", size * 3)
+    batch = torch.randn(5, 3, dtype=torch.float64)
+    loss, params = (lambda p, x: ((p["w"] * x).sin().sum(), x)), {"w": PARAMS["w"].double()}
+    mask = torch.tensor([True, True, False, True, False])
+    grads = oracle.per_example_grads(loss, params, batch)
+    out = pegrad.clipped_grad(loss, clip_norm=0.5, strategy="naive")(params, batch, mask)
+    oracle.assert_close(out.grads, oracle.clipped_sum([grads[0][mask]], 0.5))
+    oracle.assert_close(out.aux, [batch * mask[:, None]])
+    oracle.assert_close(pegrad.per_example_norm(loss, strategy="naive")(params, batch), [oracle.norms(grads)])
 
 
 @pytest.mark.parametrize("strategy", [*pegrad.STRATEGIES])
@@ -130,8 +152,14 @@ def test_a_loss_that_calls_autograd_itself(strategy):
         y = (p["w"] * x).sum()
         return torch.autograd.grad(y * y, p["w"], create_graph=True)[0].sum()
 
-    with pytest.raises(pegrad.PegradError):
-        pegrad.per_example_grad(loss, strategy=strategy)(PARAMS, BATCH)
+    function = pegrad.per_example_grad(loss, strategy=strategy)
+    if strategy != "auto":
+        with pytest.raises(pegrad.PegradError):
+            function(PARAMS, BATCH)
+        return
+    params, batch = oracle.double(PARAMS), BATCH.double()
+    with pytest.warns(pegrad.FallbackWarning, match=r"torch\.autograd\.grad"):
+        oracle.assert_close(function(params, batch), oracle.per_example_grads(loss, params, batch))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +176,7 @@ def test_a_loss_that_calls_autograd_itself(strategy):
 def test_reasons_are_in_words_of_a_loss(loss, reason):
     """Catches: 'escaped from inside a function being vmapped', which tells of nothing that a loss knows."""
     with pytest.raises(pegrad.StrategyError, match=reason):
-        pegrad.per_example_grad(loss)(PARAMS, BATCH)
+        pegrad.per_example_grad(loss, strategy="vmap")(PARAMS, BATCH)
 
 
 @pytest.mark.parametrize("strategy", [*pegrad.STRATEGIES])
@@ -171,17 +199,21 @@ def test_no_example_is_in_the_message(strategy):
     """Catches: private data in a message, where a loss puts them into an exception that only a strategy sees."""
 
     def loss(params, x):
-        y = (params["w"] * x).sum()
-        try:
-            large = bool(y > 7)
-        except RuntimeError:
-            raise ValueError(f"cannot compare {SECRET}") from None
-        return y.sin() if large else y
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ValueError(f"cannot compare {SECRET}")
+        return (params["w"] * x).sum()
 
-    with pytest.raises(pegrad.StrategyError) as caught:
-        pegrad.per_example_grad(loss, strategy=strategy)(PARAMS, BATCH)
-    assert str(SECRET) not in str(caught.value)
-    assert "ValueError" in str(caught.value)
+    function = pegrad.per_example_grad(loss, strategy=strategy)
+    if strategy == "auto":
+        with pytest.warns(pegrad.FallbackWarning) as warned:
+            function(PARAMS, BATCH)
+        message = str(warned[0].message)
+    else:
+        with pytest.raises(pegrad.StrategyError) as caught:
+            function(PARAMS, BATCH)
+        message = str(caught.value)
+    assert str(SECRET) not in message
+    assert "ValueError" in message
 
 
 @pytest.mark.parametrize("strategy", VECTORISED)
@@ -227,18 +259,6 @@ def test_under_a_transform(strategy):
         grad(penalty)(PARAMS, lambda p, x: (p["weight"] * x).sum())
 
 
-@pytest.mark.parametrize("strategy", ["ghost", "book_keeping", "auto"])
-def test_recurrent_modules_fail_with_their_operation_named(strategy):
-    """Catches: 'Batching rule not implemented', which no user of ours can do anything about."""
-    module = nn.LSTM(3, 4)
-
-    def loss(params, x):
-        return functional_call(module, params, (x,))[0].sum()
-
-    with pytest.raises(pegrad.StrategyError, match=r"aten::lstm\.input.*strategy='naive'"):
-        pegrad.per_example_grad(loss, strategy=strategy)(dict(module.named_parameters()), torch.ones(2, 5, 3))
-
-
 @pytest.mark.parametrize("strategy", VECTORISED)
 @pytest.mark.parametrize("call", [torch.as_strided, torch.Tensor.as_strided, torch.as_strided_copy])
 def test_memory_is_not_read_across_examples(call, strategy):
@@ -250,8 +270,12 @@ def test_memory_is_not_read_across_examples(call, strategy):
     batch, params = torch.randn(3, 3, 3, dtype=torch.float64), torch.ones((), dtype=torch.float64)
     function = pegrad.per_example_grad(loss, strategy=strategy)
     interleaved = batch.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    with pytest.raises(pegrad.LossError, match="make the batch's leaves contiguous"):
-        function(params, interleaved)
     expected = oracle.per_example_grads(loss, params, batch)
+    if strategy == "auto":
+        with pytest.warns(pegrad.FallbackWarning, match="do not lie one after the other"):
+            oracle.assert_close(function(params, interleaved), expected)
+    else:
+        with pytest.raises(pegrad.StrategyError, match="make the batch's leaves contiguous"):
+            function(params, interleaved)
     oracle.assert_close(function(params, interleaved.contiguous()), expected)
     oracle.assert_close(pegrad.per_example_grad(loss, strategy="naive")(params, interleaved), expected)

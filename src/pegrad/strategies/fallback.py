@@ -47,7 +47,6 @@ def stepping_down(strategy: Strategy, problem: Problem, ask: Callable[[Strategy,
         why = cause(error)
         if why is None:
             raise
-        failure = error
     start.restore()
     # The answer is a constant, as the strategy's would be.
     constant = replace(
@@ -55,10 +54,9 @@ def stepping_down(strategy: Strategy, problem: Problem, ask: Callable[[Strategy,
         params=[leaf.detach() for leaf in problem.params],
         batch=[leaf.detach() for leaf in problem.batch],
     )
-    _try_one(constant, failure)
-    start.restore()
-    _warn(problem.loss, f"{why}. {_PRICE}")
-    return ask(Naive(), constant)
+    answer = ask(Naive(), constant)
+    _warn(problem.loss, f"{why}. {_PRICE}")  # now that the loop can, it is no mistake in the loss
+    return answer
 
 
 def most_paths(batch_size: int) -> int:
@@ -84,16 +82,6 @@ _PRICE = (
     "So the loop over the examples runs it (strategy 'naive'): exact, but several times slower, as nothing is computed "
     "for more than one example at a time"
 )
-
-
-def _try_one(problem: Problem, failure: Exception) -> None:
-    """Run the loop on one example: what fails there is the loss's own, and no reason to warn."""
-    row = 0 if problem.mask is None or not bool(problem.mask.any()) else int(problem.mask.nonzero()[0])
-    first = replace(problem, batch=[leaf[row : row + 1] for leaf in problem.batch], mask=None)
-    try:
-        Naive().stacked(first)
-    except Exception as error:
-        raise error from (failure if type(failure) is not type(error) else None)
 
 
 def _warn(loss: Callable[..., Any], message: str) -> None:
