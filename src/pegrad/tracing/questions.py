@@ -22,6 +22,10 @@ QUESTIONS: frozenset[Callable[..., Any]] = frozenset({
 """Functions of tensors whose value is none."""
 
 
+INDEXED: frozenset[Callable[..., Any]] = frozenset({Tensor.__getitem__, Tensor.__setitem__})
+"""Functions whose second argument is an index, which may ask for the ends of a slice."""
+
+
 class Split(BaseException):
     """Examples give different answers, so they cannot go through the loss together.
 
@@ -81,6 +85,15 @@ class Inquiry:
             answers = [answer(row) for row in self._rows]
         self.agree(answers, getattr(function, "__name__", str(function)))
         return answers[0]
+
+    def index(self, index: Any) -> Any:
+        """Ask for the ends of the slices in an index: `x[:n]` needs one number `n`."""
+        if isinstance(index, slice):
+            return slice(*map(self._end, (index.start, index.stop, index.step)))
+        return tuple(map(self.index, index)) if type(index) is tuple else index
+
+    def _end(self, end: Any) -> Any:
+        return self.ask(Tensor.__index__, (end,), {}) if isinstance(end, Tensor) and is_batched(end) else end
 
     def agree(self, answers: Sequence[Any], question: str) -> None:
         """Check that the rows' answers are one and the same.

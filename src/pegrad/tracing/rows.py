@@ -6,7 +6,7 @@ different ways.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def row_by_row(
         Exception: the function's own, on any example that matters.
     """
     name = getattr(function, "__name__", str(function))
-    leaves, spec = trees.flatten((_open(tuple(args)), kwargs))
+    leaves, spec = trees.flatten((tuple(args), kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and is_batched(leaf)]
     found: list[Any] = []
     of: Any = None
@@ -90,7 +90,7 @@ def row_by_row(
             for i, batch in zip(places, batches, strict=True):
                 own[i] = batch[b]
             positional, named = trees.unflatten(spec, own)
-            return trees.flatten(function(*_close(positional), **named))
+            return trees.flatten(function(*positional, **named))
 
         results = {b: result(b) for b in inquiry.rows}
         inquiry.agree([_form(*results[b]) for b in inquiry.rows], name)
@@ -116,22 +116,3 @@ def _form(leaves: Sequence[Any], spec: Any) -> Any:
     """Describe a result as far as all rows must agree on it."""
     return [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else (type(t), t) for t in leaves], spec
 
-
-class _Ends(NamedTuple):
-    """A slice that is seen into by those who look for tensors."""
-
-    start: Any
-    stop: Any
-    step: Any
-
-
-def _open(index: Any) -> Any:
-    if isinstance(index, slice):
-        return _Ends(index.start, index.stop, index.step)
-    return type(index)(map(_open, index)) if type(index) in (tuple, list) else index
-
-
-def _close(index: Any) -> Any:
-    if isinstance(index, _Ends):
-        return slice(*index)
-    return type(index)(map(_close, index)) if type(index) in (tuple, list) else index

@@ -29,7 +29,7 @@ from pegrad.rules.site import Rule, Site
 from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
-from pegrad.tracing.questions import QUESTIONS, Inquiry
+from pegrad.tracing.questions import INDEXED, QUESTIONS, Inquiry
 from pegrad.tracing.rows import Aliases, can_separate, row_by_row
 from pegrad.tracing.sound import SOUND
 from pegrad.tracing.writes import Made, writes
@@ -160,6 +160,8 @@ class Trace(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == _REQUIRES_GRAD and is_batched(args[0]):  # the wrapper says no; its rows know
             return physical(args[0]).requires_grad
+        if func in INDEXED:
+            args = (args[0], self._inquiry.index(args[1]), *args[2:])
         tensors = [t for t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
         witness = next((t for t in tensors if is_batched(t)), None)
         if witness is not None:
