@@ -43,7 +43,10 @@ def assert_exact(loss, strategy, mask=None, of=None, **options):
     norms = pegrad.per_example_norm(loss, strategy=strategy)(params, batch, mask)
     oracle.assert_close(norms[rows], [oracle.norms(grads)])
     results = [loss(params, x) for x in batch[rows]]
-    results = [result if isinstance(result, tuple) else (result, x.new_zeros(())) for result, x in zip(results, batch)]
+    results = [
+        result if isinstance(result, tuple) else (result, x.new_zeros(()))
+        for result, x in zip(results, batch[rows], strict=True)
+    ]
     for got in (out, stacked):
         oracle.assert_close(got.losses[rows], [torch.stack([value for value, _ in results])])
         if got.aux is not None:
@@ -67,8 +70,8 @@ def _nested(p, x):
     y = F.linear(x, p["v"])
     if x[0] > 0:
         y = y.sin() if x[1] > 0 else y * p["w"]
-    else:
-        y = y.tanh() if x[2] > 0 else y.cos()
+    elif x[2] > 0:
+        y = y.tanh()
     return y.sum(), y.sum()
 
 
@@ -272,7 +275,9 @@ def test_paths_that_return_other_aux(strategy):
 def test_the_dtype_of_a_sum_is_that_of_all_rows(strategy):
     """Catches: the sums of paths in float32, where that of the batch is to be kept in float64."""
     params, batch = {"w": torch.ones(3)}, torch.randn(300, 3)
-    out = pegrad.clipped_grad(lambda p, x: (x * p["w"]).sum() * (1 if x[0] > 0 else 2), clip_norm=1.0, strategy=strategy)
+    out = pegrad.clipped_grad(
+        lambda p, x: (x * p["w"]).sum() * (1 if x[0] > 0 else 2), clip_norm=1.0, strategy=strategy
+    )
     assert out(params, batch).grads["w"].dtype == torch.float64
     assert out(params, batch[:200]).grads["w"].dtype == torch.float32
 

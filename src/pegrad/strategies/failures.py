@@ -79,4 +79,5 @@ def _ask_the_loop(strategy: Strategy, problem: Problem) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out, which is no strategy's and no loss's fault."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

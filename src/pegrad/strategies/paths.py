@@ -241,5 +241,7 @@ class ByPath(Strategy):
         sums, squares, values = zip(*(path.answer for path in paths), strict=True)
         size = problem.batch_size
         # Parts come in the dtype of a sum of all the call's rows; added one after another, many would round.
-        totals = [torch.stack(column).sum(0, dtype=torch.float64).to(column[0].dtype) for column in zip(*sums, strict=True)]
+        totals = [
+            torch.stack(column).sum(0, dtype=torch.float64).to(column[0].dtype) for column in zip(*sums, strict=True)
+        ]
         return totals, merge_rows(squares, paths, size), _merge_values(values, paths, size)

@@ -1,10 +1,12 @@
 """Reach through `vmap`: tell batched tensors from shared ones, and run a function on the physical batch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -63,12 +65,12 @@ def whole_rows(tensor: Tensor) -> bool:
     return True
 
 
-def on_physical_batch(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def on_physical_batch(function: Callable[..., T], *tensors: Tensor) -> T:
     """Call a function on tensors as they lie in memory, the examples along their first axis.
 
     Args:
-        function: takes one tensor `(B, ...)` for each of `tensors`, returns one tensor `(B, ...)`. Plain autograd
-            records what it does.
+        function: takes one tensor `(B, ...)` for each of `tensors`, returns one tensor `(B, ...)`, or a tuple of them.
+            Plain autograd records what it does.
         tensors: at least one of them batched; a shared one is expanded.
 
     Returns:
@@ -91,7 +93,7 @@ class _OnPhysicalBatch(torch.autograd.Function):
         raise AssertionError("on_physical_batch needs a batched tensor")
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Any, int]:
         dims = in_dims[1:]
         physical = [
             t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)

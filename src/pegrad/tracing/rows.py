@@ -42,7 +42,7 @@ class Aliases:
         for tensor, version, operation in self._watched:
             if tensor._version != version:
                 raise StrategyError(
-                    f"The loss changes in place what {operation} gave, or took: PyTorch cannot batch that operation, so "
+                    f"The loss changes in place what {operation} gave or took: PyTorch cannot batch that operation, so "
                     "they are no longer views of each other. Make a new tensor, or use strategy='naive'"
                 )
 
@@ -115,4 +115,3 @@ def row_by_row(
 def _form(leaves: Sequence[Any], spec: Any) -> Any:
     """Describe a result as far as all rows must agree on it."""
     return [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else (type(t), t) for t in leaves], spec
-

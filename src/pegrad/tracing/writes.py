@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _NOT_NEW = frozenset({torch.from_numpy, torch.as_tensor, torch.asarray, torch.frombuffer, torch.from_dlpack})
 
 
 @cache
 def writes(name: str) -> bool:
     """Tell by its name whether a function changes its first argument: `mul_`, `__setitem__`, `__iadd__`, `__set__`."""
-    return bool(re.fullmatch(r"[a-z]\w*_|__set(item)?__|__i(add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor)__", name))
+    return bool(
+        re.fullmatch(r"[a-z]\w*_|__set(item)?__|__i(add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor)__", name)
+    )
 
 
 class Made:
@@ -49,7 +50,7 @@ class Made:
             Whether that was possible: it is not, where a view or a graph holds the tensor's memory as well.
         """
         with torch._C.DisableTorchFunction():
-            if tensor._is_view() or tensor._use_count() > 1 or _shared(tensor):
+            if tensor._is_view() or _shared(tensor):
                 return False
             try:
                 torch.utils.swap_tensors(tensor, batched)
@@ -60,6 +61,9 @@ class Made:
 
 
 def _shared(tensor: Tensor) -> bool:
-    """Tell whether other tensors lie in the same memory: by `detach()` or `.data`, which are no views to autograd."""
+    """Tell whether a graph holds the tensor, or others lie in its memory: views, and what `detach()` and numpy made."""
+    of_tensor = getattr(tensor, "_use_count", None)
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return count is None or count(tensor.untyped_storage()._cdata) > 2  # the tensor, and the storage as asked here
+    if of_tensor is None or count is None:
+        return True
+    return of_tensor() > 1 or count(tensor.untyped_storage()._cdata) > 2  # the tensor, and the storage as asked here
