@@ -1,17 +1,20 @@
 """A site's weighted sum by one native batched product, the rows that would spoil it set apart."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from pegrad.clipping import Weighting
 from pegrad.numerics import BLOCK, contract, norm_bounds, squared_norms, take_rows, zero_rows
+from pegrad.plan.candidates import Candidate
+from pegrad.plan.parts import Outer, Part, inner
+from pegrad.reductions import rounding
 from pegrad.rules.gram import Squares
 from pegrad.rules.site import Kernel, Site
-from pegrad.strategies import rounding
 
 _ROWS = 512  # of one product
 _MANY = 64  # more than the windows of a convolution that a number of its input is in, as a rule
@@ -101,7 +104,7 @@ class NativeSum:
 
     def _exact_sum(self, x: Tensor, g: Tensor, weights: Tensor, bad: Tensor | None, rows: Tensor) -> Tensor:
         total = torch.zeros(self.site.source.shape, dtype=torch.float64, device=g.device)
-        for part, grads in exact_rows(self.site, x, g, rows, len(weights)):
+        for part, grads in exact_rows([Part(self.site, x, g)], rows, len(weights)):
             total += contract(weights[part], grads, None if bad is None else bad[part], torch.float64)
         return total
 
@@ -137,70 +140,117 @@ class Magnitudes:
         assert amplitude is not None
         return rounding.sum_error(amplitude, self.positions, self.g.dtype)
 
-    def squares_and_errors(self, kernel: Kernel, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Run a kernel that finds norms: their squares, errors, and those of the rows' shares: `(B,)`, float64."""
+    def squares_and_errors(self, kernel: Kernel, batch: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Run a kernel that finds norms.
+
+        Args:
+            kernel: the kernel.
+            batch: B.
+            positions: how many terms an example's whole gradient is the sum of, other uses' among them.
+
+        Returns:
+            The squared norms, their errors, and those of the rows' shares: `(B,)`, float64.
+        """
         found = Squares(*torch.stack(kernel.run(self.x, self.g)).double().unbind())
         # Products that are too small for the dtype are lacking in a Gram matrix, on its diagonal as well.
         numbers = _MANY * (self.x.numel() + self.g.numel()) // batch
         lacking = torch.finfo(self.g.dtype).tiny * numbers
         inputs, outputs = (part.clamp(min=0) * (1 + 1e-4) + lacking for part in (found.inputs, found.outputs))
-        errors = rounding.gram_error(found.terms, self.positions, self.g.dtype) + lacking * (1 + inputs + outputs)
+        errors = rounding.gram_error(found.terms, positions, self.g.dtype) + lacking * (1 + inputs + outputs)
         amplitude = (inputs * outputs).sqrt()
         return found.norms, errors, rounding.sum_error(amplitude, self.positions, self.g.dtype)
 
 
-def guarded_norms(
-    kernel: Kernel, stacks: bool, magnitudes: Magnitudes, batch: int, floor: float
-) -> tuple[Tensor, Tensor]:
-    """Find the squared norms of a site's gradients, those that cannot be trusted in float64, row by row.
+def guarded_norms(choice: Candidate, parts: Sequence[Part], batch: int, floor: float) -> tuple[Tensor, list[Tensor]]:
+    """Find the squared norms of one parameter's gradients, those that cannot be trusted in float64, row by row.
 
     Args:
-        kernel: one of the site's kernels.
-        stacks: whether that kernel stacks gradients.
-        magnitudes: the site, its input and the gradient at its output.
+        choice: the kernels.
+        parts: the uses of the parameter.
         batch: B.
         floor: the norm below which nothing depends on it.
 
     Returns:
         The squared norms, `(B,)`, float64; infinite where even that cannot be trusted, or where the gradient is not
-        finite. And the errors of the rows' shares in a native sum, `(B,)`.
+        finite. And for each part the errors of the rows' shares in a native sum, `(B,)`.
     """
-    site, x, g, positions = magnitudes.site, magnitudes.x, magnitudes.g, magnitudes.positions
-    if stacks:
-        squares = torch.cat([squared_norms(rows) for rows in stacked_parts(kernel, site, x, g, batch)])
-        shares = magnitudes.share_errors()
-        errors = shares * (2 * squares.sqrt() + shares)
+    magnitudes = [Magnitudes(part.site, part.x, part.g) for part in parts]
+    positions = sum(part.positions for part in parts)
+    if choice.stacks:
+        squares = torch.cat([squared_norms(rows) for rows in stacked_parts(choice.kernels, parts, batch)])
+        shares = [each.share_errors() for each in magnitudes]
+        total = sum(shares[1:], start=shares[0])
+        errors = total * (2 * squares.sqrt() + total)
     else:
-        squares, errors, shares = magnitudes.squares_and_errors(kernel, batch)
+        found = [
+            each.squares_and_errors(kernel, batch, positions)
+            for each, kernel in zip(magnitudes, choice.kernels, strict=True)
+        ]
+        squares, errors, shares = found[0][0], found[0][1], [part[2] for part in found]
+        if len(parts) > 1:
+            squares = _square_of_sum([part[0] for part in found], parts)
+            errors = len(parts) * torch.stack([part[1] for part in found]).sum(0)  # by Cauchy and Schwarz
     mistrusted = rounding.mistrusted_norms(squares, errors, floor, positions)
     if bool(mistrusted.any()):
-        for rows, grads in exact_rows(site, x, g, mistrusted.nonzero().squeeze(1), batch):
+        dtype = parts[0].g.dtype
+        for rows, grads in exact_rows(parts, mistrusted.nonzero().squeeze(1), batch):
             exact = squared_norms(grads)
-            errors = Magnitudes(site, *_wide_rows(x, g, rows, batch)).share_errors()
-            lost = rounding.hopeless(exact.sqrt(), errors, floor) & (floor > 0)
-            lost |= ~(exact <= torch.finfo(g.dtype).max)
+            wide = [_wide_rows(part, rows, batch) for part in parts]
+            error = torch.stack([Magnitudes(part.site, part.x, part.g).share_errors() for part in wide]).sum(0)
+            lost = rounding.hopeless(exact.sqrt(), error, floor) & (floor > 0)
+            lost |= ~(exact <= torch.finfo(dtype).max)
             squares[rows] = exact.masked_fill(lost, torch.inf)
     return squares.clamp(min=0), shares
 
 
-def exact_rows(site: Site, x: Tensor, g: Tensor, rows: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _square_of_sum(squares: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """Square the norm of a sum of gradients that are sums of outer products, from their squared norms."""
+    outers = [outer for part in parts if (outer := Outer.of(part)) is not None]
+    assert len(outers) == len(parts), "chosen for gradients that are sums of outer products"
+    total = torch.stack(list(squares)).sum(0)
+    for a, b in combinations(outers, 2):
+        total += 2 * inner(a, b).double()
+    return total
+
+
+def exact_rows(parts: Sequence[Part], rows: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Stack the gradients of some rows in float64, a few at a time: `(indices, (b, *source.shape))`."""
-    numbers = site.source.numel() + (x.numel() + g.numel()) // batch
-    for part in rows.split(max(1, BLOCK // numbers)):
-        yield part, site.exact(*_wide_rows(x, g, part, batch))
+    numbers = parts[0].site.source.numel() + sum(part.x.numel() + part.g.numel() for part in parts) // batch
+    for some in rows.split(max(1, BLOCK // numbers)):
+        wide = [_wide_rows(part, some, batch) for part in parts]
+        grads = [part.straight(part.site.exact(part.x, part.g)) for part in wide]
+        yield some, sum(grads[1:], start=grads[0])
 
 
-def _wide_rows(x: Tensor, g: Tensor, rows: Tensor, batch: int) -> list[Tensor]:
-    taken = [take_rows(t, rows, batch) for t in (x, g)]
-    return [t.double() if t.is_floating_point() else t for t in taken]
+def stacked_parts(
+    kernels: Sequence[Kernel], parts: Sequence[Part], batch: int, at_a_time: int | None = None
+) -> Iterator[Tensor]:
+    """Stack one parameter's gradients a few examples at a time: they, and what the kernels move, stay in the cache.
+
+    Args:
+        kernels: for each part, one that stacks.
+        parts: the uses of the parameter.
+        batch: B.
+        at_a_time: how many examples; None: as many as fit.
+    """
+    numbers = parts[0].site.source.numel()
+    for part, kernel in zip(parts, kernels, strict=True):
+        numbers += (part.x.numel() + part.g.numel() + int(kernel.work.moved)) // batch
+    step = at_a_time or max(1, BLOCK // numbers)
+    for start in range(0, batch, step):
+        total: Tensor | None = None
+        for part, kernel in zip(parts, kernels, strict=True):
+            some = part.rows(start, start + step, batch)
+            rows = part.straight(kernel.run(some.x, some.g))
+            total = rows if total is None else total + rows
+        assert total is not None, "a parameter has at least one use"
+        yield total
 
 
-def stacked_parts(kernel: Kernel, site: Site, x: Tensor, g: Tensor, batch: int) -> Iterator[Tensor]:
-    """Stack a site's gradients a few examples at a time: they, and what the kernel moves, stay in the cache."""
-    numbers = site.source.numel() + (x.numel() + g.numel() + int(kernel.work.moved)) // batch
-    step = max(1, BLOCK // numbers) * (x.shape[0] // batch)
-    for start in range(0, x.shape[0], step):
-        yield kernel.run(x[start : start + step], g[start : start + step])
+def _wide_rows(part: Part, rows: Tensor, batch: int) -> Part:
+    taken = [take_rows(t, rows, batch) for t in (part.x, part.g)]
+    x, g = (t.double() if t.is_floating_point() else t for t in taken)
+    return part._replace(x=x, g=g)
 
 
 def _largest(t: Tensor) -> float:
