@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import oracle
 import pegrad
 from pegrad.plan.candidates import candidates
-from pegrad.plan.places import place
 
 B, T, V, D = 3, 4, 7, 5
 

@@ -25,6 +25,11 @@ class Part(NamedTuple):
         return tuple(self.x.shape), tuple(self.g.shape)
 
     @property
+    def numbers(self) -> int:
+        """How many numbers input and gradient have."""
+        return self.x.numel() + self.g.numel()
+
+    @property
     def positions(self) -> int:
         """How many terms an example's gradient is the sum of."""
         return self.site.positions(*self.shapes)

@@ -22,79 +22,84 @@ _MANY = 64  # more than the windows of a convolution that a number of its input 
 
 @dataclass(frozen=True, eq=False)
 class NativeSum:
-    """How the weighted sum of one site's gradients is found, once the weights are known.
+    """How the weighted sum of one parameter's gradients is found, once the weights are known.
 
     A row's gradient may be small where the terms that it is the sum of are huge. In one product with the others, such
     a row swallows what they contribute. So a row with a share whose rounding error matters is made by itself, in
-    float64; and the whole sum is, where it is so large that its own last places matter.
+    float64, of all uses together; and the whole sum is, where it is so large that its own last places matter.
 
     Args:
-        site: the site.
-        errors: `(B,)`, float64: the rounding error of each row's share for weight one, in terms of the leaves' norm.
-        gain: how much longer a gradient can be at the leaves than at the site's source.
+        source: the parameter.
+        errors: for each part `(B,)`, float64: the rounding error of each row's share for weight one, in terms of the
+            leaves' norm.
+        gain: how much longer a gradient can be at the leaves than at the source.
         apart: `(B,)`, boolean: rows whose contribution comes from elsewhere.
     """
 
-    site: Site
-    errors: Tensor
+    source: Tensor
+    errors: Sequence[Tensor]
     gain: float = 1.0
     apart: Tensor | None = None
     made: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     """`(leaf, indices of the rows apart, their gradients at the leaf)`"""
 
     def totals(
-        self, x: Tensor, g: Tensor, weights: Tensor, bad: Tensor | None, weighting: Weighting, dtype: torch.dtype
+        self, parts: Sequence[Part], weights: Tensor, bad: Tensor | None, weighting: Weighting, dtype: torch.dtype
     ) -> list[tuple[Tensor, Tensor]]:
         """Sum: a list of tensors and what is to be added to the gradient at each of them.
 
         Args:
-            x: the site's input.
-            g: the gradient at its output.
+            parts: the uses of the parameter.
             weights: `(B,)`.
             bad: `(B,)`, boolean: rows to leave out; None: none.
             weighting: where the weights come from.
             dtype: of the sum.
         """
-        positions = self.site.positions(tuple(x.shape), tuple(g.shape))
-        alone = rounding.mistrusted_shares(weights, self.errors, weighting.bound, positions)
+        alone = torch.zeros_like(weights, dtype=torch.bool)
+        for part, errors in zip(parts, self.errors, strict=True):
+            alone |= rounding.mistrusted_shares(weights, errors, weighting.bound, part.positions)
         if self.apart is not None:
             alone &= ~self.apart
         out = _either(bad, self.apart)
         chosen = alone.nonzero().squeeze(1)
         if len(chosen):
             out = _either(out, alone)
-        total = self._product(x, g, weights, out, weighting.bound, positions, dtype)
+        total = self._products(parts, weights, out, weighting.bound, dtype)
         if total is None:  # so large that it is made in float64 from beginning to end
             chosen = (torch.ones_like(alone) if self.apart is None else ~self.apart).nonzero().squeeze(1)
-            total = torch.zeros(self.site.source.shape, dtype=torch.float64, device=g.device)
+            total = torch.zeros(self.source.shape, dtype=torch.float64, device=weights.device)
         if len(chosen):
-            total = (total.double() + self._exact_sum(x, g, weights, bad, chosen)).to(dtype)
-        result = [(self.site.source, total)]
+            total = (total.double() + self._exact_sum(parts, weights, bad, chosen)).to(dtype)
+        result = [(self.source, total)]
         for leaf, rows, grads in self.made:
             result.append((leaf, contract(weights[rows], grads, None if bad is None else bad[rows], dtype)))
         return result
 
+    def _products(
+        self, parts: Sequence[Part], weights: Tensor, out: Tensor | None, bound: float, dtype: torch.dtype
+    ) -> Tensor | None:
+        total: Tensor | None = None
+        for part in parts:
+            summed = self._product(part, weights, out, bound, dtype)
+            if summed is None:
+                return None
+            total = part.straight(summed) if total is None else total.add_(part.straight(summed))
+        return total
+
     def _product(
-        self,
-        x: Tensor,
-        g: Tensor,
-        weights: Tensor,
-        out: Tensor | None,
-        bound: float,
-        positions: int,
-        dtype: torch.dtype,
+        self, part: Part, weights: Tensor, out: Tensor | None, bound: float, dtype: torch.dtype
     ) -> Tensor | None:
         """Sum all rows but those left out, natively; None if the result cannot be trusted to its last places."""
-        batch = len(weights)
-        step = min(batch, self.site.rows_at_a_time(positions), _ROWS)
-        several = x.shape[0] // batch
-        x, g = self.site.weigh(zero_rows(x, out), zero_rows(g, out), weights)
-        native = self.site.summing(tuple(x.shape), tuple(g.shape))
+        batch, site, positions = len(weights), part.site, part.positions
+        step = min(batch, site.rows_at_a_time(positions), _ROWS)
+        several = part.g.shape[0] // batch
+        x, g = site.weigh(zero_rows(part.x, out), zero_rows(part.g, out), weights)
+        native = site.summing(tuple(x.shape), tuple(g.shape))
         assert native is not None
         total: Tensor | None = None
         largest: list[float] = []
-        for part in zip(x.split(step * several), g.split(step * several), strict=True):
-            summed = native.run(*part)
+        for some in zip(x.split(step * several), g.split(step * several), strict=True):
+            summed = native.run(*some)
             largest.append(_largest(summed))
             total = summed.to(dtype) if total is None else total.add_(summed)
         unsafe = rounding.mistrusted_sum(
@@ -102,10 +107,10 @@ class NativeSum:
         )
         return None if unsafe else total
 
-    def _exact_sum(self, x: Tensor, g: Tensor, weights: Tensor, bad: Tensor | None, rows: Tensor) -> Tensor:
-        total = torch.zeros(self.site.source.shape, dtype=torch.float64, device=g.device)
-        for part, grads in exact_rows([Part(self.site, x, g)], rows, len(weights)):
-            total += contract(weights[part], grads, None if bad is None else bad[part], torch.float64)
+    def _exact_sum(self, parts: Sequence[Part], weights: Tensor, bad: Tensor | None, rows: Tensor) -> Tensor:
+        total = torch.zeros(self.source.shape, dtype=torch.float64, device=weights.device)
+        for some, grads in exact_rows(parts, rows, len(weights)):
+            total += contract(weights[some], grads, None if bad is None else bad[some], torch.float64)
         return total
 
 
@@ -215,7 +220,7 @@ def _square_of_sum(squares: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
 
 def exact_rows(parts: Sequence[Part], rows: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Stack the gradients of some rows in float64, a few at a time: `(indices, (b, *source.shape))`."""
-    numbers = parts[0].site.source.numel() + sum(part.x.numel() + part.g.numel() for part in parts) // batch
+    numbers = parts[0].site.source.numel() + sum(part.numbers for part in parts) // batch
     for some in rows.split(max(1, BLOCK // numbers)):
         wide = [_wide_rows(part, some, batch) for part in parts]
         grads = [part.straight(part.site.exact(part.x, part.g)) for part in wide]
@@ -235,7 +240,7 @@ def stacked_parts(
     """
     numbers = parts[0].site.source.numel()
     for part, kernel in zip(parts, kernels, strict=True):
-        numbers += (part.x.numel() + part.g.numel() + int(kernel.work.moved)) // batch
+        numbers += (part.numbers + int(kernel.work.moved)) // batch
     step = at_a_time or max(1, BLOCK // numbers)
     for start in range(0, batch, step):
         total: Tensor | None = None

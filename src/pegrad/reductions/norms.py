@@ -41,8 +41,8 @@ class Norms(Grouped):
     def __init__(self, trace: Trace, choose: Choose, *, floor: float = 0.0, rows: int = 1, keep: bool = False) -> None:
         super().__init__(trace, Plan(trace, choose, rows))
         self.rows = rows
-        self.native: dict[Group, list[NativeSum]] = {}
-        """For each group whose sum will be native, how: one for each kind of use."""
+        self.native: dict[Group, NativeSum] = {}
+        """For each group whose sum will be native, how."""
         self._choose = choose
         self._floor = floor
         self._keep = keep
@@ -88,8 +88,7 @@ class Norms(Grouped):
         if not choice.keeps:
             squares, shares = guarded_norms(choice, parts, self.batch, self._floor)
             self._squares.append(squares)
-            natives = [NativeSum(part.site, share) for part, share in zip(parts, shares, strict=True)]
-            self._sum_natively(group, natives, parts)
+            self._sum_natively(group, NativeSum(group.source, shares), parts)
         elif self._keep:  # the sum is one of stacked gradients
             self.enter_stacked(group.source, next(stacked_parts(choice.kernels, parts, self.batch, self.batch)))
         else:
@@ -117,7 +116,7 @@ class Norms(Grouped):
         apart = (
             rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, part.positions) if self._floor else errors < 0
         )
-        native = NativeSum(site, errors, gain, apart)
+        native = NativeSum(site.source, [errors], gain, apart)
         for row in apart.nonzero().squeeze(1).tolist():
             alone = part.rows(row, row + 1, self.batch)
             pulled = pull_rows(self.trace, site.source, kernel.run(alone.x, alone.g))
@@ -127,7 +126,7 @@ class Norms(Grouped):
                 for leaf, rows in pulled.items()
             )
         self._squares.append(squares)
-        self._sum_natively(group, [native], [part])
+        self._sum_natively(group, native, [part])
 
     def _way_to_leaves(self, source: Tensor) -> tuple[Tensor, float]:
         """Try how gradients come from a source to the leaves.
@@ -145,11 +144,11 @@ class Norms(Grouped):
         noise = _NOISE * float(squares_of(apart).sqrt())
         return squares_of({leaf: rows[:-1] for leaf, rows in pulled.items()}), noise
 
-    def _sum_natively(self, group: Group, natives: list[NativeSum], parts: list[Part]) -> None:
-        self.native[group] = natives
+    def _sum_natively(self, group: Group, native: NativeSum, parts: list[Part]) -> None:
+        self.native[group] = native
         if self._keep:
-            for native, part in zip(natives, parts, strict=True):
-                self._sums.append(partial(native.totals, part.x, part.g, dtype=accumulator(part.g.dtype, self.rows)))
+            dtype = accumulator(parts[0].g.dtype, self.rows)
+            self._sums.append(partial(native.totals, parts, dtype=dtype))
 
 
 _PROBES = 4
@@ -176,16 +175,15 @@ class Sums(Grouped):
 
     def enter(self, group: Group, parts: list[Part]) -> None:
         """See `Grouped.enter`."""
-        natives = self._norms.native.get(group)
-        if natives is None:
-            start = 0
-            for rows in stacked_parts([stack_kernel(p.site, p.x, p.g) for p in parts], parts, self.batch):
-                self._add(group.source, rows, start)
-                start += len(rows)
+        native = self._norms.native.get(group)
+        if native is not None:
+            dtype = accumulator(parts[0].g.dtype, self._norms.rows)
+            self._totals += native.totals(parts, self._weights, self._bad, self._weighting, dtype)
             return
-        for native, part in zip(natives, parts, strict=True):
-            dtype = accumulator(part.g.dtype, self._norms.rows)
-            self._totals += native.totals(part.x, part.g, self._weights, self._bad, self._weighting, dtype)
+        start = 0
+        for rows in stacked_parts([stack_kernel(p.site, p.x, p.g) for p in parts], parts, self.batch):
+            self._add(group.source, rows, start)
+            start += len(rows)
 
     def enter_stacked(self, source: Tensor, stacked: Tensor) -> None:
         """See `Grouped.enter_stacked`."""
