@@ -43,10 +43,8 @@ def assert_exact(loss, strategy, mask=None, of=None, **options):
     norms = pegrad.per_example_norm(loss, strategy=strategy)(params, batch, mask)
     oracle.assert_close(norms[rows], [oracle.norms(grads)])
     results = [loss(params, x) for x in batch[rows]]
-    results = [
-        result if isinstance(result, tuple) else (result, x.new_zeros(()))
-        for result, x in zip(results, batch[rows], strict=True)
-    ]
+    pairs = zip(results, batch[rows], strict=True)
+    results = [result if isinstance(result, tuple) else (result, x.new_zeros(())) for result, x in pairs]
     for got in (out, stacked):
         oracle.assert_close(got.losses[rows], [torch.stack([value for value, _ in results])])
         if got.aux is not None:
