@@ -48,16 +48,6 @@ def questions(strategy):
     ]
 
 
-STATISTICS = [
-    lambda loss, params, batch: pegrad.per_example_dot(loss)(params, batch, params),
-    lambda loss, params, batch: pegrad.gradient_gram(loss)(params, batch),
-    lambda loss, params, batch: pegrad.gradient_moments(loss)(params, batch),
-    lambda loss, params, batch: pegrad.gradient_noise_scale(loss)(params, batch),
-    lambda loss, params, batch: pegrad.explain(loss, params, batch),
-    lambda loss, params, batch: pegrad.autotune(loss, params, batch),
-]
-
-
 @pytest.mark.parametrize("strategy", TRANSFORMED)
 @pytest.mark.parametrize(
     ("loss", "reason"),
@@ -75,13 +65,6 @@ def test_what_only_the_loop_can_run_is_the_strategys_failure(loss, reason, strat
         assert "strategy='naive'" in str(caught.value)
         assert isinstance(caught.value.__cause__, RuntimeError)
         assert not isinstance(caught.value.__cause__, pegrad.PegradError)
-
-
-@pytest.mark.parametrize("ask", STATISTICS)
-def test_statistics_and_explain_say_so_too(ask):
-    """Catches: a way into the strategies that was left bare."""
-    with pytest.raises(pegrad.StrategyError, match="BookKeeping cannot run this loss"):
-        ask(branches, PARAMS, BATCH)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Losses whose path depends on the data: every example's gradient is that of the path it takes alone."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -360,6 +361,68 @@ class TestRandomness:
         params, batch = make()
         out = pegrad.clipped_grad(loss, clip_norm=1e9, strategy=strategy)(params, batch)
         assert torch.equal(out.norms > 0, out.aux < 0.5)
+
+
+def few_paths():
+    params, batch = make()
+    return params, batch.abs() * torch.tensor([1, -1, 1, 1, -1, 1, -1, 1, 1])[:, None]
+
+
+def _hooked(p, x):
+    y = p["w"] * x
+    y.register_hook(lambda g: 2 * g)
+    return y.sin().sum() + F.linear(x, p["v"]).cos().sum()
+
+
+@pytest.mark.parametrize("loss", [_if, _hooked])
+def test_statistics(loss):
+    """Catches: a statistic of one path's examples, or none at all; rows of different paths that never meet."""
+    params, batch = few_paths()
+    grads = oracle.per_example_grads(loss, params, batch)
+    flat = torch.cat([g.flatten(1) for g in grads], 1)
+    direction = {name: torch.randn_like(p) for name, p in params.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pegrad.FallbackWarning)
+        dots = pegrad.per_example_dot(loss)(params, batch, direction)
+        gram = pegrad.gradient_gram(loss)(params, batch)
+        moments = pegrad.gradient_moments(loss)(params, batch)
+        scale = pegrad.gradient_noise_scale(loss)(params, batch)
+    oracle.assert_close(dots, [flat @ torch.cat([d.flatten() for d in direction.values()])])
+    oracle.assert_close(gram, [flat @ flat.T])
+    oracle.assert_close(moments.mean, [g.mean(0) for g in grads])
+    oracle.assert_close(moments.variance, [g.var(0) for g in grads])
+    signal = flat.mean(0).square().sum() - flat.var(0).sum() / B
+    expected = flat.var(0).sum() / signal if signal > 0 else torch.tensor(torch.inf).double()
+    assert torch.equal(scale, expected) or (scale - expected).abs() <= 1e-9 * expected.abs()
+
+
+@pytest.mark.parametrize("strategy", TRACED)
+def test_explain_shows_every_path(strategy):
+    """Catches: a table of one path's uses, or a leaf called unused that another path uses."""
+    params, batch = few_paths()
+
+    def loss(p, x):
+        return F.linear(x, p["v"]).sin().sum() if x.sum() > 0 else (x * p["w"]).sin().sum()
+
+    explanation = pegrad.explain(loss, params, batch, strategy=strategy)
+    assert explanation.paths == (6, 3)
+    assert "2 paths, taken by 6 and 3 examples" in str(explanation)
+    assert {use.operation for use in explanation.uses} == {"linear", "mul"}
+    assert explanation.unused == ()
+    assert isinstance(pegrad.autotune(loss, params, batch, strategy=strategy), pegrad.Strategy)
+
+
+def test_explain_shows_the_fallback():
+    """Catches: a table of what does not run."""
+    params, batch = make()
+    explanation = pegrad.explain(_hooked, params, batch)
+    assert "naive" in str(explanation)
+    assert "register_hook" in explanation.fallback
+    assert "register_hook" in explanation._repr_html_()
+    with pytest.raises(pegrad.StrategyError, match="register_hook"):
+        pegrad.explain(_hooked, params, batch, strategy="ghost")
+    with pytest.raises(KeyError):
+        pegrad.explain(lambda p, x: p["u"], params, batch)
 
 
 def test_under_a_transform_the_question_fails_as_before():

@@ -21,6 +21,8 @@ from pegrad.strategies import BookKeeping, Strategy, resolve
 from pegrad.strategies.auto import Auto
 from pegrad.strategies.base import Leaves, Problem
 from pegrad.strategies.failures import attributed
+from pegrad.strategies.fallback import cause, most_paths, try_the_loop
+from pegrad.strategies.paths import by_path
 from pegrad.strategies.traced import Traced
 from pegrad.tables import as_html, as_text
 from pegrad.tracing.eager import eager
@@ -59,12 +61,21 @@ class Explanation:
     uses: tuple[Use, ...]
     unused: tuple[str, ...]
     """Paths of the leaves that the loss does not use, whose gradient is zero."""
+    paths: tuple[int, ...] = ()
+    """How many examples take each of the paths through the loss, if there are several. Each path has its own uses."""
+    fallback: str = ""
+    """Why `auto` has the loop over the examples run the loss, if it has."""
 
     def __str__(self) -> str:
         """Return the table as text, at most 120 columns wide; equal uses are one row, and counted."""
-        return "\n".join([*as_text(self._table(), 120), *(f"{path}  not used" for path in self.unused)])
+        if self.fallback:
+            return f"strategy naive, a loop over the examples: {self.fallback}"
+        taken = [f"{len(self.paths)} paths, taken by {_enumerate(self.paths)} examples"] if self.paths else []
+        return "\n".join([*taken, *as_text(self._table(), 120), *(f"{path}  not used" for path in self.unused)])
 
     def _repr_html_(self) -> str:
+        if self.fallback:
+            return as_html([("strategy", "why"), ("naive", self.fallback)])
         unused = [(path, "not used", *[""] * (len(_HEADER) - 2)) for path in self.unused]
         return as_html([*self._table(), *unused])
 
@@ -97,9 +108,26 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
     """
     chosen = _traced(strategy)
     problem = Call.of(loss, params, batch, None).problem
+    auto = isinstance(resolve(strategy), Auto)
+    names = trees.paths(params)
+
+    def explained(part: Problem) -> tuple[list[Use], tuple[str, ...]]:
+        _, uses = chosen.run(part, partial(_Uses, chosen=chosen, problem=part, paths=names))
+        return [*uses.of_sites(), *uses.of_copies()], uses.unused()
+
     with attributed(chosen, problem):
-        _, uses = chosen.run(problem, partial(_Uses, chosen=chosen, problem=problem, paths=trees.paths(params)))
-    return Explanation((*uses.of_sites(), *uses.of_copies()), uses.unused())
+        try:
+            paths = by_path(problem, explained, most_paths(problem.batch_size) if auto else None)
+        except Exception as error:
+            why = cause(error) if auto else None
+            if why is None:
+                raise
+            try_the_loop(problem)
+            return Explanation((), (), fallback=why)
+    uses, unused = zip(*(path.answer for path in paths), strict=True)
+    taken = tuple(len(path.rows) for path in paths) if len(paths) > 1 else ()
+    nowhere = tuple(name for name in unused[0] if all(name in others for others in unused))
+    return Explanation(tuple(use for part in uses for use in part), nowhere, taken)
 
 
 class _Uses:
@@ -208,10 +236,10 @@ def autotune(
     check_size("repeats", repeats)
     problem = Call.of(loss, params, batch, None).problem
     with attributed(chosen, problem):
-        trace = chosen.trace(problem)
-        groups = Plan(trace, chosen.choose, problem.sum_rows).groups
+        traces = [path.answer for path in by_path(problem, chosen.trace)]
+        groups = [(g, t) for t in traces for g in Plan(t, chosen.choose, problem.sum_rows).groups]
     timings: dict[str, float] = {}
-    for use in (use for group in groups if group.sites for use in group.shaped(len(trace.losses))):
+    for use in (use for group, trace in groups if group.sites for use in group.shaped(len(trace.losses))):
         site, x_shape, g_shape = use.site, use.x, use.g
         native = site.summing(x_shape, g_shape)
         kernels = {**site.stacking(x_shape, g_shape), **site.norming(x_shape, g_shape)}
@@ -244,6 +272,11 @@ def _cells(use: Use) -> tuple[str, ...]:
         f"{chosen[0].time / 1e6:.2g} ms" if chosen else "",
         use.why or (f"{others[0].name} {others[0].time / 1e6:.2g} ms" if others else ""),
     )
+
+
+def _enumerate(numbers: tuple[int, ...]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}"
 
 
 def _number(count: int) -> str:

@@ -1,12 +1,13 @@
 """Other questions to the same pass: inner products, second moments and the noise scale of per-example gradients.
 
-None of them ever holds more than one parameter leaf's stacked gradients, and where a rule knows better, not even
-those. The answers are constants to any further differentiation.
+None of them holds more than one parameter leaf's stacked gradients, and where a rule knows better, not even those;
+unless the examples take different paths through the loss, or only the loop can run it: then they are stacked. The
+answers are constants to any further differentiation.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,13 +19,20 @@ from pegrad.errors import ArgumentError, LeafError
 from pegrad.numerics import accumulator, widen
 from pegrad.per_example import Loss
 from pegrad.plan.uses import ParameterUses
+from pegrad.reductions.base import Reduction
 from pegrad.reductions.leaves import LeafAccumulator, stack_rows
 from pegrad.reductions.stack import StackedGradients
-from pegrad.strategies import BookKeeping
+from pegrad.strategies import Auto, BookKeeping
+from pegrad.strategies.base import Leaves, Problem
 from pegrad.strategies.failures import attributed
+from pegrad.strategies.fallback import cause
 from pegrad.tracing.eager import eager
+from pegrad.tracing.generators import Generators
+from pegrad.tracing.questions import Split
 from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
+
+R = TypeVar("R", bound=Reduction)
 
 
 class Moments(NamedTuple):
@@ -63,10 +71,11 @@ def per_example_dot(loss: Loss) -> Callable[..., Tensor]:
             vector.detach().to(accumulator(leaf.dtype))
             for vector, leaf in zip(vectors, call.problem.params, strict=True)
         ]
-        strategy = BookKeeping()
-        with attributed(strategy, call.problem):
-            _, found = strategy.run(call.problem, partial(_Dots, vectors=vectors))
-        return call.rows([found.total])
+        found = _ask(call.problem, partial(_Dots, vectors=vectors))
+        if isinstance(found, _Dots):
+            return call.rows([found.total])
+        parts = [rows.reshape(len(rows), -1) @ v.flatten() for rows, v in zip(found, vectors, strict=True)]
+        return call.rows([torch.stack(parts).sum(0)])
 
     return dots
 
@@ -89,11 +98,12 @@ def gradient_gram(loss: Loss) -> Callable[..., Tensor]:
     @eager
     def gram(params: PyTree, batch: PyTree) -> Tensor:
         call = Call.of(loss, params, batch, None)
-        strategy = BookKeeping()
-        with attributed(strategy, call.problem):
-            _, found = strategy.run(call.problem, _Gram)
+        found = _ask(call.problem, _Gram)
         call.check()
-        return found.total[: call.size, : call.size]
+        if isinstance(found, _Gram):
+            return found.total[: call.size, : call.size]
+        flat = [widen(rows).reshape(len(rows), -1)[: call.size] for rows in found]
+        return torch.stack([rows @ rows.T for rows in flat]).sum(0)
 
     return gram
 
@@ -122,9 +132,10 @@ def gradient_moments(loss: Loss) -> Callable[..., Moments]:
             mean[leaf] = rows.mean(0)
             variance[leaf] = (rows - mean[leaf]).square().sum(0) / (len(rows) - 1 or float("nan"))
 
-        strategy = BookKeeping()
-        with attributed(strategy, call.problem):
-            strategy.run(call.problem, partial(StackedGradients, visit=visit))
+        found = _ask(call.problem, partial(StackedGradients, visit=visit))
+        if not isinstance(found, StackedGradients):
+            for leaf, rows in enumerate(found):
+                visit(leaf, rows)
         call.check()
         return Moments(trees.unflatten(call.params, mean), trees.unflatten(call.params, variance))
 
@@ -155,7 +166,7 @@ def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
     def scale(params: PyTree, batch: PyTree) -> Tensor:
         call = _call_of_some(loss, params, batch, least=2)
         size = call.size
-        strategy = BookKeeping()
+        strategy = Auto()
         with attributed(strategy, call.problem):
             sums, squares, _ = strategy.weighted_sum(call.problem, Unclipped())
         call.check()
@@ -165,6 +176,21 @@ def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
         return torch.where(signal > 0, covariance.clamp(min=0) / signal, torch.inf)
 
     return scale
+
+
+def _ask(problem: Problem, make: Callable[[Trace], R]) -> R | Leaves:
+    """Run one pass to a reduction; or stack the gradients, where examples part ways or nothing but the loop can."""
+    start = Generators.now()
+    with attributed(Auto(), problem):
+        try:
+            return BookKeeping().run(problem, make)[1]
+        except Split:
+            pass
+        except Exception as error:
+            if cause(error) is None:
+                raise
+        start.restore()
+        return [widen(rows) for rows in Auto().stacked(problem)[0]]
 
 
 class _Dots:

@@ -64,6 +64,11 @@ def most_paths(batch_size: int) -> int:
     return max(4, batch_size // 4)
 
 
+def try_the_loop(problem: Problem) -> None:
+    """Run the loop on one example, for its own error if it has one."""
+    Naive().stacked(replace(problem, batch=[leaf[:1] for leaf in problem.batch], mask=None))
+
+
 def cause(error: BaseException) -> str | None:
     """Say why the loop would be asked in place of a strategy that ended with an error; None: it would not be.
 
