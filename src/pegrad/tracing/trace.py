@@ -11,6 +11,9 @@ refused: a parameter, or what was made of one, changed in place after its use; a
 know nothing; losses that no tap and no copy has any part in. Where the trace cannot follow (into a transform of
 torch.func inside the loss, or through a user's `autograd.Function` between a parameter and its use) it steps aside: the
 leaf then shows up in the backward pass, or is marked, and each example gets a copy of it in a second run.
+
+What a batch cannot answer or do as one has files of its own: `questions` (`if x.mean() > 0`), `rows` (`x[mask]`) and
+`writes` (`out[t] = h`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -164,6 +167,7 @@ class Trace(TorchFunctionMode):
             args = (args[0], self._inquiry.index(args[1]), *args[2:])
         tensors = [t for t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
         witness = next((t for t in tensors if is_batched(t)), None)
+        name = getattr(func, "__name__", str(func))
         if witness is not None:
             if func in QUESTIONS:
                 return self._inquiry.ask(func, args, kwargs)
@@ -171,8 +175,7 @@ class Trace(TorchFunctionMode):
         parameters = [t for t in tensors if self.is_parameter(t)]
         if func in _HOOKS and (parameters or witness is not None):
             raise StrategyError(
-                f"The loss calls {func.__name__}, which may change gradients on their way back: use strategy='vmap' or "
-                "'naive'"
+                f"The loss calls {name}, which may change gradients on their way back: use strategy='vmap' or 'naive'"
             )
         rule = self._rules.get(func)
         if rule is not None and witness is not None:
@@ -183,7 +186,6 @@ class Trace(TorchFunctionMode):
             result = func(*args, **kwargs)
             self._here.note(result, func, tensors)
             return result
-        name = getattr(func, "__name__", str(func))
         if writes(name):
             self._admit(args[0] if args else None, witness, name)
             parameters = [t for t in parameters if self.is_parameter(t)]

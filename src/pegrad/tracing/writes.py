@@ -52,7 +52,7 @@ class Made:
         with torch._C.DisableTorchFunction():
             if tensor._is_view() or _shared(tensor):
                 return False
-            try:
+            try:  # it counts who holds the tensor: views, and graphs that have saved it
                 torch.utils.swap_tensors(tensor, batched)
             except RuntimeError:
                 return False
@@ -61,9 +61,6 @@ class Made:
 
 
 def _shared(tensor: Tensor) -> bool:
-    """Tell whether a graph holds the tensor, or others lie in its memory: views, and what `detach()` and numpy made."""
-    of_tensor = getattr(tensor, "_use_count", None)
+    """Tell whether others lie in the tensor's memory, be they no views to autograd: by `detach()`, or numpy's."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    if of_tensor is None or count is None:
-        return True
-    return of_tensor() > 1 or count(tensor.untyped_storage()._cdata) > 2  # the tensor, and the storage as asked here
+    return count is None or count(tensor.untyped_storage()._cdata) > 2  # the tensor, and the storage as asked here
