@@ -20,6 +20,7 @@ from pegrad.tracing.questions import Inquiry
 _OF_THE_WHOLE = frozenset({
     torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.retain_grad, Tensor.requires_grad_,
     Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, torch.as_strided, Tensor.as_strided,
+    torch.as_strided_copy, torch.as_strided_scatter, Tensor.as_strided_scatter, Tensor.set_,
 })  # fmt: skip
 
 
