@@ -250,15 +250,15 @@ def table(params: Tensor, example: tuple[Tensor, ...]) -> Tensor:
 
 
 def cancelling_table(size: float, *, transposed: bool = False) -> Attack:
-    """The head takes away again, but for a little, what the embedding adds."""
+    """The head takes away again, but for a little, what the embedding adds; the table is too large to be stacked."""
     torch.manual_seed(4)
-    tokens = torch.randint(6, (8,))
-    lines = size * (1 + torch.rand(8, 16))
-    row = tokens, lines, lines + torch.randn(8, 16), -F.one_hot(tokens, 6).float()
-    batch = torch.randint(6, (100, 8)), ordinary(100, 8, 16), ordinary(100, 8, 16), ordinary(100, 8, 6)
+    tokens = torch.randint(64, (8,))
+    lines = size * (1 + torch.rand(8, 64))
+    row = tokens, lines, lines + torch.randn(8, 64), -F.one_hot(tokens, 64).float()
+    batch = torch.randint(64, (100, 8)), *(ordinary(100, 8, 64) for _ in range(3))
     if transposed:
-        return Attack(lambda params, example: table(params.T, example), torch.zeros(16, 6), batch, row)
-    return Attack(table, torch.zeros(6, 16), batch, row)
+        return Attack(lambda params, example: table(params.T, example), torch.zeros(64, 64), batch, row)
+    return Attack(table, torch.zeros(64, 64), batch, row)
 
 
 @attack
@@ -274,6 +274,15 @@ def an_embedding_and_a_head_that_cancel():
 @attack
 def an_embedding_and_a_head_that_cancel_far():
     return cancelling_table(1e9, transposed=True)
+
+
+@attack
+def a_table_looked_up_where_it_cancels():
+    """The head is ordinary."""
+    attacked = cancelling_table(1.0)
+    lines = torch.zeros(8, 64)
+    lines[0], lines[1] = 1e12, -1e12
+    return attacked._replace(row=(torch.zeros(8, dtype=torch.int64), lines, ordinary(8, 64), ordinary(8, 64)))
 
 
 @attack
