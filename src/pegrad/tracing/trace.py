@@ -28,6 +28,7 @@ from pegrad import trees
 from pegrad.errors import LossError
 from pegrad.rules.site import Rule, Site
 from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
+from pegrad.tracing.inlining import inlined
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
 from pegrad.tracing.sound import SOUND
@@ -158,6 +159,10 @@ class Trace(TorchFunctionMode):
             result = rule(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
+        body = inlined(func) if witness is not None and (parameters or _takes_function(args, kwargs)) else None
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
         if not parameters or witness is None:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
@@ -243,6 +248,10 @@ class Trace(TorchFunctionMode):
         tapped = Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype)
         self.tapped.append(tapped)
         return _Tap.apply(y, self._anchor, x.detach(), self._line, tapped)
+
+
+def _takes_function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(callable(argument) and not isinstance(argument, Tensor) for argument in (*args, *kwargs.values()))
 
 
 def _writes(name: str) -> bool:
