@@ -22,7 +22,9 @@ Case = tuple[Callable[[], nn.Module], Callable[[Callable, Any], Tensor], Callabl
 CASES: dict[str, Case] = {}
 
 
-def case(make: Callable[[], nn.Module], batch: Callable[[], Any] = lambda: r(B, T, D)) -> Callable[[Callable], Callable]:
+def case(
+    make: Callable[[], nn.Module], batch: Callable[[], Any] = lambda: r(B, T, D)
+) -> Callable[[Callable], Callable]:
     def register(loss: Callable) -> Callable:
         CASES[loss.__name__] = make, loss, batch
         return loss
@@ -122,7 +124,9 @@ def encoder(f, x):
     return f(x[None]).sin().sum()
 
 
-@case(lambda: encoder_layer(batch_first=True, norm_first=True, activation="gelu"), lambda: (r(B, T, D), torch.arange(B)))
+@case(
+    lambda: encoder_layer(batch_first=True, norm_first=True, activation="gelu"), lambda: (r(B, T, D), torch.arange(B))
+)
 def encoder_with_padding(f, example):
     x, length = example
     padding = torch.where(torch.arange(T)[None] > length, -1e9, 0.0).double()

@@ -23,6 +23,24 @@ def level() -> int | None:
     return torch._C._functorch.maybe_current_level()
 
 
+def vmaps() -> list[tuple[int, str]]:
+    """Return the batch size of each `vmap` that is running, and what it says of randomness, the outermost first."""
+    functorch = torch._C._functorch
+    maps = [
+        functorch.CVmapInterpreterPtr(interpreter)
+        for interpreter in functorch.get_interpreter_stack() or ()
+        if interpreter.key() == functorch.TransformType.Vmap
+    ]
+    return [(mapped.batchSize(), mapped.randomness().name.lower()) for mapped in maps]
+
+
+def differentiated() -> bool:
+    """Tell whether a transform of torch.func other than `vmap` is running."""
+    functorch = torch._C._functorch
+    running = functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() != functorch.TransformType.Vmap for interpreter in running)
+
+
 def physical(tensor: Tensor) -> Tensor:
     """Return the tensor that lies in memory, whatever transforms have wrapped it."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):

@@ -41,8 +41,12 @@ class FlatLoss:
             LossError: the loss returned anything but a real scalar, or coupled examples by batch normalisation.
             LeafError: a leaf of aux is neither a tensor nor a number.
         """
-        with Interception(_REPLACEMENTS) as interception:
-            result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
+        interception = Interception(_REPLACEMENTS)
+        try:
+            with interception:
+                result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
+        except TypeError as error:  # of ours, which are TypeErrors, an operator makes "unsupported operand type(s)"
+            raise next((e for e in interception.raised if isinstance(e, PegradError)), error)  # noqa: B904
         for error in interception.raised:
             if isinstance(error, PegradError) or explanation(error):
                 raise error  # the loss caught what the plain loop would not have raised, and took another path
@@ -122,6 +126,13 @@ def _whole_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tens
     return F.linear_cross_entropy(*args, **kwargs)
 
 
+def _not_aligned(*args: Any) -> bool:
+    """Keep `nn.TransformerEncoder` in evaluation from nested tensors, as it does itself where a gradient is wanted."""
+    return False
+
+
 _REPLACEMENTS: dict[Any, Any] = {F.batch_norm: _refuse_batch_norm, **STRIDED}
+if hasattr(torch, "_nested_tensor_from_mask_left_aligned"):
+    _REPLACEMENTS[torch._nested_tensor_from_mask_left_aligned] = _not_aligned
 if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
     _REPLACEMENTS[F.linear_cross_entropy] = _whole_cross_entropy

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,13 +28,17 @@ from pegrad import trees
 from pegrad.errors import LossError
 from pegrad.rules.site import Rule, Site
 from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
+from pegrad.tracing.foreign import refuse_checkpoint
 from pegrad.tracing.inlining import inlined
+from pegrad.tracing.journal import Journal, kept, once
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
 from pegrad.tracing.sound import SOUND
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+
+T = TypeVar("T")
 
 Receive = Callable[["Tapped", Tensor, Tensor], None]
 """`(tapped, x, g)`: called in the backward pass with a tapped operation's input and the gradient at its output."""
@@ -75,6 +79,7 @@ class Trace(TorchFunctionMode):
         aux: the leaves of aux, each `(B, ...)`, detached.
         tapped: the operations that met parameters, in the order in which they ran.
         copies: the parameters of which each example has a copy.
+        journals: of the functions that are running and will run again in the backward pass.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Trace(TorchFunctionMode):
         self.params = [leaf.detach().requires_grad_() for leaf in params]
         self.tapped: list[Tapped] = []
         self.copies: list[Copies] = []
+        self.journals: list[Journal] = []
         self._rules = rules
         self._leaves = {id(leaf): i for i, leaf in enumerate(self.params)}
         self._made: dict[Any, bool] = {}
@@ -140,6 +146,7 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         """Called by PyTorch in place of `func`."""
         kwargs = kwargs or {}
+        refuse_checkpoint()
         if level() != self._level:  # inside a transform of the loss's own
             return func(*args, **kwargs)
         if func == _REQUIRES_GRAD and is_batched(args[0]):  # the wrapper says no; its rows know
@@ -163,6 +170,9 @@ class Trace(TorchFunctionMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
+        if witness is None and parameters and self.journals:
+            with kept():
+                return func(*args, **kwargs)
         if not parameters or witness is None:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
@@ -226,11 +236,21 @@ class Trace(TorchFunctionMode):
 
     def expand(self, parameter: Tensor, witness: Tensor, operation: str = "") -> Tensor:
         """See `Recorder.expand`."""
-        if id(parameter) not in self._copied:  # `copies` keeps the parameter alive, so its id stays its own
-            self._copied[id(parameter)] = on_physical_batch(
-                lambda like: self._copy(parameter, like.shape[0], operation), witness
-            )
-        return self._copied[id(parameter)]
+
+        def copy() -> Tensor:
+            if id(parameter) not in self._copied:  # `copies` keeps the parameter alive, so its id stays its own
+                self._copied[id(parameter)] = on_physical_batch(
+                    lambda like: self._copy(parameter, like.shape[0], operation), witness
+                )
+            return self._copied[id(parameter)]
+
+        return self._once([(parameter, operation)], copy)
+
+    def _once(self, uses: list[tuple[Tensor, str]], make: Callable[[], T]) -> T:
+        if not self.journals:
+            return make()
+        known = [(lineage(source, self._leaves).leaves, source.shape, operation) for source, operation in uses]
+        return once(self.journals, known, make)
 
     def _copy(self, parameter: Tensor, batch: int, operation: str) -> Tensor:
         self._note(parameter, operation)
@@ -243,10 +263,14 @@ class Trace(TorchFunctionMode):
             return y
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        for site in sites:
-            self._note(site.source, site.operation)
-        tapped = Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype)
-        self.tapped.append(tapped)
+
+        def note() -> Tapped:
+            for site in sites:
+                self._note(site.source, site.operation)
+            self.tapped.append(Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype))
+            return self.tapped[-1]
+
+        tapped = self._once([(site.source, site.operation) for site in sites], note)
         return _Tap.apply(y, self._anchor, x.detach(), self._line, tapped)
 
 
