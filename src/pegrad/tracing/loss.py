@@ -45,8 +45,8 @@ class FlatLoss:
         try:
             with interception:
                 result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
-        except TypeError as error:  # of ours, which are TypeErrors, an operator makes "unsupported operand type(s)"
-            raise next((e for e in interception.raised if isinstance(e, PegradError)), error)  # noqa: B904
+        except TypeError as failure:  # of ours, which are TypeErrors, an operator makes "unsupported operand type(s)"
+            raise next((e for e in interception.raised if isinstance(e, PegradError)), failure)  # noqa: B904
         for error in interception.raised:
             if isinstance(error, PegradError) or explanation(error):
                 raise error  # the loss caught what the plain loop would not have raised, and took another path
