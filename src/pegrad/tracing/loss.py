@@ -131,7 +131,16 @@ def _not_aligned(*args: Any) -> bool:
     return False
 
 
-_REPLACEMENTS: dict[Any, Any] = {F.batch_norm: _refuse_batch_norm, **STRIDED}
+def _require_grad(input: Tensor, requires_grad: bool = True) -> Tensor:
+    """Run `Tensor.requires_grad_`, which transforms refuse even where there is nothing to change."""
+    return input if requires_grad and input.requires_grad else input.requires_grad_(requires_grad)
+
+
+_REPLACEMENTS: dict[Any, Any] = {
+    F.batch_norm: _refuse_batch_norm,
+    Tensor.requires_grad_: _require_grad,
+    **STRIDED,
+}
 if hasattr(torch, "_nested_tensor_from_mask_left_aligned"):
     _REPLACEMENTS[torch._nested_tensor_from_mask_left_aligned] = _not_aligned
 if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
