@@ -1,6 +1,7 @@
 """Reach through `vmap`: tell batched tensors from shared ones, and run a function on the physical batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ def is_batched(tensor: Tensor) -> bool:
     """Tell whether a tensor has, under the `vmap` that is running, an axis that the loss does not see."""
     # torch.func has no public way to ask; functorch's own code asks like this.
     return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one of `torch.func.grad`'s or its like, running or over."""
+    return torch._C._functorch.is_gradtrackingtensor(tensor)
 
 
 def transformed() -> bool:
@@ -39,6 +45,32 @@ def differentiated() -> bool:
     functorch = torch._C._functorch
     running = functorch.get_interpreter_stack() or ()
     return any(interpreter.key() != functorch.TransformType.Vmap for interpreter in running)
+
+
+@contextmanager
+def lowered(to: int | None) -> Iterator[None]:
+    """Inside the block, the transforms of torch.func above a level do not run; None: none runs."""
+    functorch = torch._C._functorch
+    popped = []
+    try:
+        while functorch.maybe_current_level() != to:
+            popped.append(functorch.pop_dynamic_layer_stack())
+        yield
+    finally:
+        while popped:
+            functorch.push_dynamic_layer_stack(popped.pop())
+
+
+@contextmanager
+def changing_requires_grad() -> Iterator[None]:
+    """Inside the block, a tensor may be made to require a gradient of the innermost `torch.func.grad`."""
+    functorch = torch._C._functorch
+    before = functorch.get_inplace_requires_grad_allowed()
+    functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        yield
+    finally:
+        functorch.set_inplace_requires_grad_allowed(before)
 
 
 def physical(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.errors import LeafError, LossError, PegradError
-from pegrad.tracing.batched import is_constant
+from pegrad.tracing.batched import changing_requires_grad, is_constant
 from pegrad.tracing.explanations import explanation
 from pegrad.tracing.interception import Interception
 from pegrad.tracing.strided import STRIDED
@@ -133,7 +133,10 @@ def _not_aligned(*args: Any) -> bool:
 
 def _require_grad(input: Tensor, requires_grad: bool = True) -> Tensor:
     """Run `Tensor.requires_grad_`, which transforms refuse even where there is nothing to change."""
-    return input if requires_grad and input.requires_grad else input.requires_grad_(requires_grad)
+    if requires_grad and input.requires_grad:
+        return input
+    with changing_requires_grad():
+        return input.requires_grad_(requires_grad)
 
 
 _REPLACEMENTS: dict[Any, Any] = {

@@ -27,18 +27,23 @@ from torch.overrides import TorchFunctionMode
 from pegrad import trees
 from pegrad.errors import LossError
 from pegrad.rules.site import Rule, Site
-from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
+from pegrad.tracing.batched import differentiated, is_batched, is_tracked, level, lowered, on_physical_batch, physical
 from pegrad.tracing.foreign import refuse_checkpoint
 from pegrad.tracing.inlining import inlined
+from pegrad.tracing.inner_grad import SET_REQUIRES_GRAD, Differentiates, inner_grad, require_grad
 from pegrad.tracing.journal import Journal, kept, once
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
+from pegrad.tracing.nested import WIDENED, on_all_images
 from pegrad.tracing.sound import SOUND
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 
 T = TypeVar("T")
+
+Loss = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
+"""`(parameter leaves, example leaves) -> (scalar, aux leaves)`"""
 
 Receive = Callable[["Tapped", Tensor, Tensor], None]
 """`(tapped, x, g)`: called in the backward pass with a tapped operation's input and the gradient at its output."""
@@ -84,7 +89,7 @@ class Trace(TorchFunctionMode):
 
     def __init__(
         self,
-        loss: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]],
+        loss: Loss,
         params: Sequence[Tensor],
         batch: Sequence[Tensor],
         rules: Mapping[Callable, Rule],
@@ -102,9 +107,19 @@ class Trace(TorchFunctionMode):
         self._versions: list[tuple[Tensor, int, str]] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._line = _Line()
+        self._whole = len(apart) == len(self.params)
+        try:
+            self._run(loss, batch, apart)
+        except Differentiates:
+            self._whole = True
+            for noted in (self.tapped, self.copies, self._versions, self._copied, self.journals):
+                noted.clear()
+            self._run(loss, batch, range(len(self.params)))
+        self._check_versions()
 
+    def _run(self, loss: Loss, batch: Sequence[Tensor], apart: Collection[int]) -> None:
         def traced(example: list[Tensor], copies: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
-            self._level = level()
+            self._level, self._example = level() or 0, example[0]
             with self:
                 return loss([copies.get(i, leaf) for i, leaf in enumerate(self.params)], example)
 
@@ -112,7 +127,6 @@ class Trace(TorchFunctionMode):
             copies = {i: self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart}
             rows = [leaf.detach() for leaf in batch]
             self.losses, aux = vmap(traced, randomness="different")(rows, copies)
-        self._check_versions()
         self.aux = [leaf.detach() for leaf in aux]
 
     def backward(self, receive: Receive, *, last: bool = True) -> tuple[list[Tensor], list[bool]]:
@@ -147,7 +161,8 @@ class Trace(TorchFunctionMode):
         """Called by PyTorch in place of `func`."""
         kwargs = kwargs or {}
         refuse_checkpoint()
-        if level() != self._level:  # inside a transform of the loss's own
+        nested = level() != self._level
+        if nested and differentiated():  # inside a transform of the loss's own, other than a `vmap`
             return func(*args, **kwargs)
         if func == _REQUIRES_GRAD and is_batched(args[0]):  # the wrapper says no; its rows know
             return physical(args[0]).requires_grad
@@ -156,6 +171,12 @@ class Trace(TorchFunctionMode):
         witness = next((t for t in tensors if is_batched(t)), None)
         if witness is not None:
             func = SOUND.get(func, func)
+        if func in SET_REQUIRES_GRAD and is_batched(args[0]):
+            return require_grad(*args, **kwargs)
+        if func is torch.autograd.grad and (parameters or witness is not None) and not any(map(is_tracked, tensors)):
+            if not self._whole:
+                raise Differentiates
+            return inner_grad(*args, **kwargs)
         if func in _HOOKS and (parameters or witness is not None):
             raise LossError(
                 f"The loss calls {func.__name__}, which may change gradients on their way back: use strategy='vmap' or "
@@ -163,7 +184,7 @@ class Trace(TorchFunctionMode):
             )
         rule = self._rules.get(func)
         if rule is not None and witness is not None:
-            result = rule(self, *args, **kwargs)
+            result = self._nested(func, args, kwargs) if nested else rule(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         body = inlined(func) if witness is not None and (parameters or _takes_function(args, kwargs)) else None
@@ -187,6 +208,10 @@ class Trace(TorchFunctionMode):
             return copied.get(id(argument), argument)
 
         return func(*trees.map(replace, args), **trees.map(replace, kwargs))
+
+    def _nested(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        widened = WIDENED.get(func)
+        return NotImplemented if widened is None else on_all_images(widened, self, args, kwargs)
 
     def is_parameter(self, tensor: Any) -> bool:
         """See `Recorder.is_parameter`."""
@@ -239,9 +264,10 @@ class Trace(TorchFunctionMode):
 
         def copy() -> Tensor:
             if id(parameter) not in self._copied:  # `copies` keeps the parameter alive, so its id stays its own
-                self._copied[id(parameter)] = on_physical_batch(
-                    lambda like: self._copy(parameter, like.shape[0], operation), witness
-                )
+                with lowered(self._level):
+                    self._copied[id(parameter)] = on_physical_batch(
+                        lambda like: self._copy(parameter, like.shape[0], operation), self._example
+                    )
             return self._copied[id(parameter)]
 
         return self._once([(parameter, operation)], copy)
