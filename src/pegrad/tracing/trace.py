@@ -8,9 +8,11 @@ a rule, each example gets a copy of it for that use; what autograd returns for t
 
 Every run is traced anew, so a loss may take another path each time. What could make the numbers wrong in silence is
 refused: a parameter, or what was made of one, changed in place after its use; a hook on a gradient, of which the rules
-know nothing; losses that no tap and no copy has any part in. Where the trace cannot follow (into a transform of
-torch.func inside the loss, or through a user's `autograd.Function` between a parameter and its use) it steps aside: the
-leaf then shows up in the backward pass, or is marked, and each example gets a copy of it in a second run.
+know nothing; losses that no tap and no copy has any part in. Functions of PyTorch's that are written in Python are seen
+through (`inlining`), and so is a `vmap` of the loss's own (`nested`). Where the trace cannot follow (into another
+transform of torch.func inside the loss, or through a user's `autograd.Function` between a parameter and its use) it
+steps aside: the leaf then shows up in the backward pass, or is marked, and each example gets a copy of it in a second
+run. A loss that calls `torch.autograd.grad` needs a graph that holds every parameter: each example gets a copy of all.
 """
 
 import re
