@@ -215,6 +215,44 @@ def autograd_through_what_runs_again(p, x):
     return (F.linear(g, p["w"]).cos() @ p["v"].T).sum() * p["s"].sum() + y.sum()
 
 
+@case(OTHERS, params, lambda: r(B, D))
+def autograd_inside_what_runs_again(p, x):
+    """Catches: a function that runs again while it runs for the first time."""
+
+    def block(t):
+        t = t * 1
+        (g,) = torch.autograd.grad(net(p, t), t, create_graph=True)
+        return g.sin().exp()
+
+    return pegrad.checkpoint(block, F.linear(x, p["w"]) @ p["w"]).sum()
+
+
+@case(OTHERS, params, lambda: r(B, D))
+def functional_products(p, x):
+    """Catches: `zeros_like(..., requires_grad=True)`, of which a transform makes what does not require a gradient."""
+    options = {"create_graph": True}
+    product = torch.autograd.functional.hvp(lambda t: net(p, t), x, x.cos(), **options)[1]
+    jacobian = torch.autograd.functional.jacobian(lambda t: F.linear(t, p["w"]).tanh(), x, **options)
+    return product.square().sum() + jacobian.square().sum()
+
+
+@case(OTHERS, params, lambda: r(B, D))
+def steps_of_an_inner_optimisation(p, x):
+    weights, z = p, torch.zeros_like(x, requires_grad=True)
+    for _ in range(2):
+        grads = torch.autograd.grad(net(weights, x + z).square(), [*weights.values(), z], create_graph=True)
+        weights = {name: w - 0.1 * g for (name, w), g in zip(weights.items(), grads, strict=False)}
+        z = z - 0.1 * grads[-1]
+    return net(weights, z).sin()
+
+
+@case(OTHERS, params, lambda: r(B, D))
+def an_adversarial_example(p, x):
+    near = x.detach().clone().requires_grad_()
+    (g,) = torch.autograd.grad(net(p, near), near)
+    return net(p, (x + 0.1 * g.sign()).detach()).sin()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from pegrad.tracing.batched import differentiated, physical
 from pegrad.tracing.journal import Journal
 from pegrad.tracing.surroundings import Surroundings
 from pegrad.tracing.trace import Trace
-
-_running_again: ContextVar[bool] = ContextVar("_running_again", default=False)
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -56,9 +53,6 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     if differentiated() or not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    if _running_again.get():  # within another one: the first run kept nothing of this, nor need the second
-        with saved_tensors_hooks(lambda _: None, _never):
-            return function(*args, **kwargs)
     return _Checkpoint(function, args, kwargs).run()
 
 
@@ -75,6 +69,7 @@ class _Checkpoint:
         self._inputs = [physical(t) for t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._versions = [t._version for t in self._inputs]
         self._holders: list[weakref.ref[_Holder]] = []
+        self._complete = False
         self._journals = [(weakref.ref(trace), Journal()) for trace in _traces()]
 
     def run(self) -> Any:
@@ -83,7 +78,9 @@ class _Checkpoint:
             for trace, journal in self._journals:
                 stack.enter_context(_open(trace, journal))
             stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
-            return self._call()
+            value = self._call()
+        self._complete = True
+        return value
 
     def _pack(self, tensor: Tensor) -> _Holder:
         holder = _Holder()
@@ -105,31 +102,27 @@ class _Checkpoint:
             )
         saved = 0
 
-        def refill(tensor: Tensor) -> None:  # raises nothing: an operator would make an error of its own of that
+        def refill(tensor: Tensor) -> Tensor:  # raises nothing: an operator would make an error of its own of that
             nonlocal saved
             holder = self._holders[saved]() if saved < len(self._holders) else None
             if holder is not None:
                 holder.value = tensor.detach()
             saved += 1
+            return tensor
 
         with ExitStack() as stack:
-            stack.callback(_running_again.reset, _running_again.set(True))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self._surroundings.restored())
             for trace, journal in self._journals:
                 stack.enter_context(journal.again())
                 stack.enter_context(_open(trace, journal))
-            stack.enter_context(saved_tensors_hooks(refill, _never))
+            stack.enter_context(saved_tensors_hooks(refill, lambda tensor: tensor))
             self._call()
-        if saved != len(self._holders):
+        if self._complete and saved != len(self._holders):  # the function itself may ask for a gradient on its way
             raise LossError(
                 "What pegrad.checkpoint runs again in the backward pass does not do what it did in the forward pass: "
                 "it must be a pure function, and take no other path the second time"
             )
-
-
-def _never(holder: Any) -> Tensor:
-    raise AssertionError("no backward pass goes through what ran again")
 
 
 def _traces() -> list[Trace]:

@@ -70,11 +70,11 @@ def once(journals: list[Journal], use: Any, make: Callable[[], T]) -> T:
         use: what tells this use from others.
         make: makes it.
     """
-    if journals and journals[-1].reading:
-        return journals[-1].read(use)
-    value = make()
+    first = next((journal for journal in reversed(journals) if journal.reading), None)
+    value = make() if first is None else first.read(use)
     for journal in journals:
-        journal.write(use, value)
+        if not journal.reading:
+            journal.write(use, value)
     return value
 
 

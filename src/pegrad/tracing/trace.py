@@ -175,6 +175,8 @@ class Trace(TorchFunctionMode):
             func = SOUND.get(func, func)
         if func in SET_REQUIRES_GRAD and is_batched(args[0]):
             return require_grad(*args, **kwargs)
+        if witness is not None and kwargs.get("requires_grad"):  # zeros_like(..., requires_grad=True) and its like
+            return require_grad(func(*args, **{**kwargs, "requires_grad": False}))
         if func is torch.autograd.grad and (parameters or witness is not None) and not any(map(is_tracked, tensors)):
             if not self._whole:
                 raise Differentiates
