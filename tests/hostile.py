@@ -281,7 +281,7 @@ def a_table_looked_up_where_it_cancels():
     """The head is ordinary."""
     attacked = cancelling_table(1.0)
     lines = torch.zeros(8, 64)
-    lines[0], lines[1] = 1e12, -1e12
+    lines[0], lines[1] = 1e7, -1e7
     return attacked._replace(row=(torch.zeros(8, dtype=torch.int64), lines, ordinary(8, 64), ordinary(8, 64)))
 
 
