@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from pegrad import trees
 from pegrad.errors import LossError
-from pegrad.rules.site import Rule, Site
+from pegrad.rules.recurrent import BY_STEPS
+from pegrad.rules.site import Rule, Shape, Site
 from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
@@ -140,7 +141,7 @@ class Trace(TorchFunctionMode):
         """Called by PyTorch in place of `func`."""
         kwargs = kwargs or {}
         if level() != self._level:  # inside a transform of the loss's own
-            return func(*args, **kwargs)
+            return BY_STEPS.get(func, func)(*args, **kwargs)
         if func == _REQUIRES_GRAD and is_batched(args[0]):  # the wrapper says no; its rows know
             return physical(args[0]).requires_grad
         tensors = [t for t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -215,7 +216,7 @@ class Trace(TorchFunctionMode):
         """See `Recorder.record`."""
         return on_physical_batch(lambda x: run(x, self._tap), x)
 
-    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def run(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """See `Recorder.run`."""
         return on_physical_batch(function, *tensors)
 
@@ -233,16 +234,21 @@ class Trace(TorchFunctionMode):
         self.copies.append(Copies(parameter, rows, operation))
         return rows
 
+    def announce(self, sites: list[Site], x: Shape, y: Shape, dtype: torch.dtype) -> "_Sender":
+        """See `Recorder.announce`."""
+        for site in sites:
+            self._note(site.source, site.operation)
+        tapped = Tapped(sites, tuple(x), tuple(y), dtype)
+        self.tapped.append(tapped)
+        return _Sender(self._anchor, self._line, tapped)
+
     def _tap(self, y: Tensor, x: Tensor, sites: list[Site]) -> Tensor:
         if not sites:
             return y
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        for site in sites:
-            self._note(site.source, site.operation)
-        tapped = Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype)
-        self.tapped.append(tapped)
-        return _Tap.apply(y, self._anchor, x.detach(), self._line, tapped)
+        send = self.announce(sites, x.shape, y.shape, x.dtype)
+        return _Tap.apply(y, send.anchor, x.detach(), send)
 
 
 def _writes(name: str) -> bool:
@@ -275,6 +281,18 @@ class _Line:
             self._receive(tapped, x, g)
 
 
+@dataclass(frozen=True, eq=False)
+class _Sender:
+    """Sends what one operation has to tell: see `Send`."""
+
+    anchor: Tensor
+    line: _Line
+    tapped: Tapped
+
+    def __call__(self, x: Tensor, g: Tensor) -> None:
+        self.line.send(self.tapped, x, g)
+
+
 class _Tap(torch.autograd.Function):
     """The identity, in place; its backward sends on the gradient that passes.
 
@@ -284,14 +302,14 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, line: _Line, tapped: Tapped) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, send: _Sender) -> Tensor:
         ctx.mark_dirty(y)
         ctx.save_for_backward(x)
-        ctx.line, ctx.tapped = line, tapped
+        ctx.send = send
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.line.send(ctx.tapped, x, g.detach())
-        return g, None, None, None, None
+        ctx.send(x, g.detach())
+        return g, None, None, None
