@@ -10,7 +10,7 @@ from pegrad.numerics import without_autocast
 from pegrad.rules.bias import Bias, over_leading
 from pegrad.rules.linear import LinearWeight, linear
 from pegrad.rules.recurrent.calls import States, Weights, is_packed, read_sequences, read_step, refuse_packed
-from pegrad.rules.recurrent.steps import CELLS, PACKED, SEQUENCES, Cell, has_steps, recur
+from pegrad.rules.recurrent.steps import CELLS, PACK, PAD, SEQUENCES, Cell, has_steps, recur
 from pegrad.rules.recurrent.sweeps import GRU, LSTM, Elman, Sweep, Swept
 from pegrad.rules.site import Recorder, Rule, Send, Site
 
@@ -124,5 +124,6 @@ def _refuse(trace: Recorder, *args: Any, **kwargs: Any) -> Any:
 RULES: dict[Any, Rule] = {
     **{function: _over_sequences(function) for function in SEQUENCES},
     **{function: _in_one_step(cell) for function, cell in CELLS.items()},
-    **dict.fromkeys(PACKED, _refuse),
+    PACK: _refuse,
+    PAD: _refuse,
 }

@@ -258,15 +258,15 @@ class Swept(torch.autograd.Function):
         *states: Tensor,
     ) -> tuple[Tensor, ...]:
         """Run forward."""
-        output, last, saved = sweep.forward(
-            ih.flatten(0, 1), tuple(s.flatten(0, 1) for s in states), weights, backwards
-        )
+        first = tuple(state.flatten(0, 1) for state in states)
+        output, last, saved = sweep.forward(ih.flatten(0, 1), first, weights, backwards)
         ctx.sweep, ctx.backwards, ctx.sends = sweep, backwards, sends
         ctx.several = ih.shape[:2]
         ctx.shapes = [t.shape for t in (output, *last)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weights.hh, weights.hr, *saved)
-        return tuple(t.unflatten(0, ctx.several) for t in (output, *last))
+        # Not views, which a loss could not change in place.
+        return tuple(torch.ops.aten._unsafe_view(t, (*ctx.several, *t.shape[1:])) for t in (output, *last))
 
     @staticmethod
     @once_differentiable
