@@ -407,6 +407,31 @@ def test_packed_sequences_are_refused_with_a_way_that_is_the_same(kind, strategy
     oracle.assert_close(pegrad.per_example_grad(packed(module), strategy="naive")(params, batch), expected)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_the_pitfalls_page_advises_for_sequences_of_different_lengths(strategy):
+    """Catches: last states of the padding; a direction that sets out in it."""
+    module, part = nn.LSTM(D, H, bidirectional=True), nn.LSTM(D, H)
+    params = of(module)
+
+    def as_packed(p, example):
+        x, length = example
+        given = pack_padded_sequence(x[:, None], length[None])
+        return functional_call(module, p, (given,))[1][0].square().sum()
+
+    def as_advised(p, example):
+        x, length = example
+        at_last = (torch.arange(T) == length - 1)[:, None]
+        back = {name.removesuffix("_reverse"): w for name, w in p.items() if name.endswith("_reverse")}
+        forth = {name: w for name, w in p.items() if not name.endswith("_reverse")}
+        backwards = x[(length - 1 - torch.arange(T)) % T]
+        outputs = functional_call(part, forth, (x,))[0], functional_call(part, back, (backwards,))[0]
+        return sum((output * at_last).sum(0).square().sum() for output in outputs)
+
+    batch = r(B, T, D), LENGTHS
+    expected = oracle.per_example_grads(as_packed, params, batch)
+    oracle.assert_close(pegrad.per_example_grad(as_advised, strategy=strategy)(params, batch), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_packed_sequences_in_the_loop(kind):
     """Catches: sequences of one example that end, or set out on the way back, with another one's state."""
