@@ -282,6 +282,13 @@ def test_edges(kind, strategy):
     assert_exact(lambda p, x: total(*flat(functional_call(tiny, p, (x,)))), of(tiny), r(B, 1, 1), strategy)
     module = KINDS[kind](D, H, 2, bidirectional=True)
     assert_exact(lambda p, x: total(*flat(functional_call(module, p, (x,)))), of(module), r(1, T, D), strategy)
+
+    def no_sequences(p, x):
+        return (
+            total(*flat(functional_call(module, p, (x[:, None][:, :0],)))) + sum(w.sum() for w in p.values()) * x.sum()
+        )
+
+    assert_exact(no_sequences, of(module), r(B, T, D), strategy)
     params, fixed = {"module": of(module), "x": r(T, D)}, r(T, D)
     for given in (lambda p: fixed, lambda p: p["x"], lambda p: p["x"] * 2):
 
@@ -494,6 +501,23 @@ def test_every_kernel_of_every_site_agrees_with_the_stacked_gradient(kind):
 
     trace.backward(receive)
     assert seen == set(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics(kind):
+    """Catches: sites that know their sums, but not their inner products."""
+    module = KINDS[kind](D, H, 2, bidirectional=True)
+    params, batch = of(module), r(B, T, 2, D)
+
+    def loss(p, x):
+        return total(*flat(functional_call(module, p, (x,))))
+
+    grads = oracle.per_example_grads(loss, dict(sorted(params.items())), batch)
+    rows = torch.cat([g.flatten(1) for g in grads], 1)
+    along = {name: r(*p.shape) for name, p in params.items()}
+    oracle.assert_close(pegrad.gradient_gram(loss)(params, batch), [rows @ rows.T])
+    direction = torch.cat([along[name].flatten() for name in sorted(along)])
+    oracle.assert_close(pegrad.per_example_dot(loss)(params, batch, along), [rows @ direction])
 
 
 @pytest.mark.parametrize("strategy", TRACED)

@@ -36,7 +36,7 @@ def _over_sequences(function: Any) -> Rule:
         def layer(x: Tensor, states: States, weights: Weights, backwards: bool) -> tuple[Tensor, States]:
             ih = _product(trace, _batched(trace, x, witness), weights.ih, weights.bias_ih)
             states = tuple(_batched(trace, state, witness) for state in states)
-            if any(trace.is_batched(w) for w in (weights.hh, weights.bias_hh, weights.hr)):
+            if not ih.numel() or any(trace.is_batched(w) for w in (weights.hh, weights.bias_hh, weights.hr)):
                 return _by_steps(trace, cell, ih, states, weights, backwards)
             return _swept(trace, name, sweep, ih, states, weights, backwards)
 
@@ -81,7 +81,7 @@ def _swept(
 def _by_steps(
     trace: Recorder, cell: Cell, ih: Tensor, states: States, weights: Weights, backwards: bool
 ) -> tuple[Tensor, States]:
-    """Run a layer of whose weights some differ from example to example."""
+    """Run a layer of whose weights some differ from example to example, or which has no sequence to run over."""
     return recur(cell, ih, states, Weights(*(_own(trace, w, ih) for w in weights)), backwards)
 
 
