@@ -35,7 +35,7 @@ def _over_sequences(function: Any) -> Rule:
 
         def layer(x: Tensor, states: States, weights: Weights, backwards: bool) -> tuple[Tensor, States]:
             ih = _product(trace, _batched(trace, x, witness), weights.ih, weights.bias_ih)
-            states = tuple(_batched(trace, state, witness) for state in states)
+            states = tuple(_own(trace, state, witness) for state in states)
             if not ih.numel() or any(trace.is_batched(w) for w in (weights.hh, weights.bias_hh, weights.hr)):
                 return _by_steps(trace, cell, ih, states, weights, backwards)
             return _swept(trace, name, sweep, ih, states, weights, backwards)
