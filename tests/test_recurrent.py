@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import oracle
 import pegrad
+from hostile import Attack, movement
 from pegrad.rules.recurrent import calls
 from pegrad.strategies.native import Magnitudes
 
@@ -501,6 +502,25 @@ def test_every_kernel_of_every_site_agrees_with_the_stacked_gradient(kind):
 
     trace.backward(receive)
     assert seen == set(expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("size", [1e3, 1e7, 1e14, 1e19])
+def test_steps_that_cancel_do_not_move_the_sum_further_than_its_sensitivity(size, strategy):
+    """Catches: reports without bounds on their terms, which rounding could make anything of."""
+    steps, width = 6, 3
+
+    def loss(weight, example):
+        x, g = example
+        weights = [torch.eye(width), weight]
+        return (
+            torch.rnn_relu(x[None], torch.zeros(1, 1, width), weights, False, 1, 0.0, False, False, True)[0] * g
+        ).sum()
+
+    ordinary = torch.rand(40, steps, width), torch.rand(40, steps, width)
+    upstream = size * torch.tensor([0.0, 1, -1, 1, -1, 1 / size]).view(-1, 1).expand(steps, width)
+    attack = Attack(loss, torch.zeros(width, width), ordinary, (torch.ones(steps, width), upstream))
+    assert movement(attack, strategy, at=3) <= 1 + 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
