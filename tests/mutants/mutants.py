@@ -565,6 +565,56 @@ MUTANTS = [
         "test_conv_kernels.py::test_every_strategy_on_every_geometry -k grouped_conv",
         "an adjoint of the wrong size where a stride does not divide",
     ),
+    # Recurrent networks
+    Mutant(
+        "rules/recurrent/sweeps.py",
+        "return now.clone(), last, (gates",
+        "return now, last, (gates",
+        "test_recurrent.py -k changed_in_place and auto",
+        "a loss that changes an LSTM's output in place changes what the way back reads",
+    ),
+    Mutant(
+        "rules/recurrent/sweeps.py",
+        "ih[..., -factor.shape[2] :] = factor",
+        "pass",
+        "test_recurrent.py -k modules and auto",
+        "a GRU's candidate has its input's gradient weighed by the reset gate",
+    ),
+    Mutant(
+        "rules/recurrent/sweeps.py",
+        "grad_cell.addcmul_(grad, to_cells[t])",
+        "grad_cell.addcmul_(inflow, to_cells[t])",
+        "test_recurrent.py -k modules and auto",
+        "an LSTM's cell has no gradient from later steps' hidden states",
+    ),
+    Mutant(
+        "rules/recurrent/sweeps.py",
+        "return (track[:, 1:], track[:, :-1]) if backwards else (track[:, :-1], track[:, 1:])",
+        "return (track[:, :-1], track[:, 1:])",
+        "test_recurrent.py -k modules and auto",
+        "a direction that runs backwards meets the states of the one that does not",
+    ),
+    Mutant(
+        "rules/recurrent/calls.py",
+        "if first and self.dropout:",
+        "if self.dropout:",
+        "test_recurrent.py -k dropout and auto",
+        "dropout before the first layer as well",
+    ),
+    Mutant(
+        "rules/recurrent/calls.py",
+        "dropout if train else 0.0",
+        "dropout",
+        "test_recurrent.py -k dropout and auto",
+        "dropout in a module that does not train",
+    ),
+    Mutant(
+        "rules/recurrent/rule.py",
+        "if not ih.numel() or any(trace.is_batched(w) for w in (weights.hh, weights.bias_hh, weights.hr)):",
+        "if False:",
+        "test_recurrent.py -k differ_from_example and auto",
+        "weights that differ from example to example taken for shared ones",
+    ),
     # The trace
     Mutant(
         "tracing/trace.py",
