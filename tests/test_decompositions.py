@@ -6,6 +6,10 @@ import torch.nn.functional as F
 
 import oracle
 import pegrad
+from pegrad.rules import gram
+from pegrad.rules.blocks import BlockWeights
+from pegrad.strategies.native import Magnitudes
+from test_rules import Largest
 
 TRACED = ("ghost", "book_keeping", "auto")
 B = 4
@@ -249,6 +253,61 @@ def test_every_use_is_exact(name):
             out = pegrad.clipped_grad(use.loss, clip_norm=clip_norm, strategy=strategy)(use.params, use.batch)
             oracle.assert_close(out.norms, [norms])
             oracle.assert_close(out.grads, oracle.clipped_sum(expected, clip_norm))
+
+
+def test_every_kernel_of_side_by_side_maps_agrees_and_bounds_its_terms(monkeypatch):
+    """Catches: blocks that interfere, positions that do not; a kernel that the cost model never picks."""
+    x, g = r(B, 3, 7, 4), r(B, 3, 7, 5)
+    site = BlockWeights(r(3, 5, 4), "matmul")
+    shapes = tuple(x.shape), tuple(g.shape)
+    exact = torch.einsum("betp,betd->bepd", g, x)
+    (stacked,) = (kernel.run(x, g) for kernel in site.stacking(*shapes).values())
+    oracle.assert_close([stacked, site.summing(*shapes).run(x, g)], [exact, exact.sum(0)])
+    for block in (1, 1 << 20):
+        monkeypatch.setattr(gram, "BLOCK", block)
+        (found,) = (kernel.run(x, g) for kernel in site.norming(*shapes).values())
+        terms = (x.square().sum(3) * g.square().sum(3)).sum((1, 2))
+        inputs, outputs = x.square().sum((1, 2, 3)), g.square().sum((1, 2, 3))
+        oracle.assert_close(list(found), [exact.flatten(1).square().sum(1), terms, inputs, outputs])
+    magnitudes = Magnitudes(site, x, g)
+    assert magnitudes.positions == 7
+    assert (exact.flatten(1).norm(dim=1) <= site.amplitude(*magnitudes.bounds, magnitudes.positions)).all()
+    oracle.assert_close([site.apply(x, site.source)], [torch.einsum("betd,epd->betp", x, site.source)])
+
+
+@pytest.mark.parametrize("strategy", TRACED)
+@pytest.mark.parametrize("wide", [True, False])
+def test_neither_copies_nor_stacked_gradients_of_experts_are_held(wide, strategy):
+    """Catches: B times the parameters in memory, in the forward pass or in the backward pass."""
+    params = {"up": torch.randn(4, 64, 96), "down": torch.randn(4, 96, 64), "form": torch.randn(64, 32, 32)}
+
+    def loss(p, x):
+        y = torch.bmm(torch.bmm(x, p["up"]).relu(), p["down"]) if wide else torch.einsum("eti,eij->etj", x, p["up"])
+        return y.square().sum() + F.bilinear(x[0, :, :32], x[1, :, 32:], p["form"]).sum()
+
+    with Largest() as largest:
+        pegrad.clipped_grad(loss, clip_norm=1.0, strategy=strategy)(params, torch.randn(16, 4, 3, 64))
+    assert largest.numbers <= 2 * params["form"].numel()  # copied, or stacked: 16 times
+
+
+@pytest.mark.parametrize("strategy", TRACED)
+@pytest.mark.parametrize("form", [lambda x, w: w * x, lambda x, w: x + w, lambda x, w: x / (1 + w)])
+def test_written_out_scales_and_shifts_hold_no_more_than_activations(form, strategy):
+    """Catches: a copy of a scale for each example that is laid out in memory, or has a gradient for each position."""
+    params, batch = torch.randn(64), torch.randn(8, 50, 64)
+    with Largest() as largest:
+        pegrad.clipped_grad(lambda p, x: form(x, p).sin().sum(), clip_norm=1.0, strategy=strategy)(params, batch)
+    assert largest.numbers <= batch.numel()
+
+
+def test_mixed_precision_keeps_float32_sums_of_blocks():
+    """Catches: a sum of many examples rounded to the eight bits of a cast parameter."""
+    loss = lambda p, x: torch.bmm(x.bfloat16(), p.bfloat16()).float().sum()  # noqa: E731
+    for strategy in TRACED:
+        out = pegrad.clipped_grad(loss, clip_norm=100.0, strategy=strategy)(
+            torch.zeros(2, 4, 3), torch.ones(300, 2, 1, 4)
+        )
+        assert torch.equal(out.grads, torch.full((2, 4, 3), 300.0))
 
 
 @pytest.mark.parametrize("name", USES)
