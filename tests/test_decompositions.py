@@ -94,7 +94,7 @@ USES = {
     "einsum, diagonal": Use(lambda p, x: torch.einsum("ti,i->ti", x, p), r(4), r(B, 3, 4), ["einsum"]),
     "einsum, ellipsis": Use(lambda p, x: torch.einsum("...i,ij->...j", x, p), r(4, 5), r(B, 3, 2, 4), ["linear"]),
     "einsum, two ellipses": Use(
-        lambda p, x: torch.einsum("...ti,...ij->...jt", x, p), r(3, 4, 5), r(B, 2, 3, 2, 4), ["einsum"]
+        lambda p, x: torch.einsum("...ti,...ij->...jt", x, p), r(3, 4, 5), r(B, 3, 3, 2, 4), ["einsum"]
     ),
     "einsum, implicit": Use(lambda p, x: torch.einsum("ba,bc", x, p), r(4, 5), r(B, 4, 3), ["linear"]),
     "einsum, implicit with ellipsis": Use(
@@ -308,6 +308,16 @@ def test_mixed_precision_keeps_float32_sums_of_blocks():
             torch.zeros(2, 4, 3), torch.ones(300, 2, 1, 4)
         )
         assert torch.equal(out.grads, torch.full((2, 4, 3), 300.0))
+
+
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}])
+@pytest.mark.parametrize("strategy", TRACED)
+def test_bags_whose_gradient_depends_on_more_are_refused_or_right(options, strategy):
+    """Catches: gradients by the frequency of tokens that are gradients without."""
+    table, batch = r(5, 3), torch.tensor([[[0, 1, 1, 1]], [[1, 2, 3, 4]]])
+    loss = lambda p, x: varied(F.embedding_bag(x, p, mode="sum", **options))  # noqa: E731
+    with pytest.raises(pegrad.PegradError):
+        pegrad.per_example_grad(loss, strategy=strategy)(table, batch)
 
 
 @pytest.mark.parametrize("name", USES)
