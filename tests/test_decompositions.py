@@ -86,6 +86,16 @@ USES = {
         ["matmul", "matmul"],
     ),
     "used on both sides": Use(lambda p, x: (x @ p) @ p.mT @ p, r(3, 4, 5), r(B, 3, 2, 4), ["matmul"] * 3),
+    "bmm of no rows": Use(lambda p, x: torch.bmm(x, p) + p.sum(), r(3, 4, 5), r(B, 3, 0, 4), ["bmm", "add"]),
+    "matmul of no blocks": Use(
+        lambda p, x: (x @ p["a"]).sum() + p["b"] * x.new_ones(2),
+        {"a": r(0, 4, 5), "b": r()},
+        r(B, 0, 2, 4),
+        ["matmul", "mul"],
+    ),
+    "matmul of nothing shared": Use(
+        lambda p, x: (x @ p["a"]) + p["b"], {"a": r(3, 0, 5), "b": r(5)}, r(B, 3, 2, 0), ["matmul", "add"]
+    ),
     # einsum
     "einsum, blocks": Use(lambda p, x: torch.einsum("eij,eti->tej", p, x), r(3, 4, 5), r(B, 3, 2, 4), ["einsum"]),
     "einsum, two kept": Use(
@@ -135,6 +145,9 @@ USES = {
     ),
     "bilinear by weights of each example": Use(
         lambda p, x: F.bilinear(x[0], x[1], x[2], p), r(3), (r(B, 5, 2), r(B, 5, 4), r(B, 3, 2, 4)), ["bilinear"]
+    ),
+    "bilinear of no rows": Use(
+        lambda p, x: F.bilinear(x, x, p).sum() + p.sum(), r(2, 4, 4), r(B, 0, 4), ["bilinear", "add"]
     ),
     # bags
     "bags": Use(bags(), r(5, 3), tokens(2, 4), ["embedding"]),
