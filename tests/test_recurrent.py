@@ -5,7 +5,6 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from pegrad.reductions.native import Magnitudes
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -13,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import oracle
 import pegrad
 from hostile import Attack, movement
+from pegrad.reductions.native import Magnitudes
 from pegrad.rules.recurrent import calls
 
 pytestmark = [

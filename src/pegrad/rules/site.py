@@ -193,12 +193,13 @@ class Recorder(Protocol):
             dtype: of the input.
         """
 
-    def expand(self, parameter: Tensor, witness: Tensor) -> Tensor:
+    def expand(self, parameter: Tensor, witness: Tensor, operation: str = "") -> Tensor:
         """Give each example a copy of a parameter: right for any operation, cheap for small parameters.
 
         Args:
             parameter: a parameter.
             witness: any batched tensor.
+            operation: what the copy is for.
         """
 
 
