@@ -72,6 +72,12 @@ def convolution(params: Tensor, example: tuple[Tensor, Tensor]) -> Tensor:
     return (F.conv2d(image, params, padding=1) * g).sum()
 
 
+def blocks(params: Tensor, example: tuple[Tensor, Tensor]) -> Tensor:
+    """Positions `(E, T, D)` of E maps side by side, and upstream gradients `(E, T, p)`."""
+    x, g = example
+    return (torch.bmm(x, params) * g).sum()
+
+
 def embedding(params: Tensor, example: tuple[Tensor, Tensor]) -> Tensor:
     tokens, g = example
     return (F.embedding(tokens, params) * g).sum()
@@ -135,6 +141,39 @@ def constant_images_in_a_wide_layer():
     g[:, ::2] *= -1
     batch = torch.ones(32, 64, 8, 8), torch.ones(32, 64, 8, 8)
     return Attack(convolution, torch.zeros(64, 64, 3, 3), batch, (torch.ones(64, 8, 8), g))
+
+
+@attack
+def images_of_one_example_that_cancel():
+    torch.manual_seed(1)
+    g = torch.tensor([1e7, -1e7]).reshape(2, 1, 1, 1).expand(2, 8, 8, 8)
+    batch = torch.rand(64, 2, 4, 8, 8), torch.rand(64, 2, 8, 8, 8)
+    return Attack(convolution, torch.zeros(8, 4, 3, 3), batch, (torch.ones(2, 4, 8, 8), g))
+
+
+@attack
+def images_of_one_example_that_nearly_cancel_in_a_wide_layer():
+    torch.manual_seed(1)
+    image, g = torch.rand(256, 3, 3), 1e3 * torch.rand(256, 3, 3)
+    row = torch.stack([image, image + 1e-4 * torch.rand(256, 3, 3)]), torch.stack([g, -g])
+    return Attack(convolution, torch.zeros(256, 256, 3, 3), (ordinary(4, 2, 256, 3, 3), ordinary(4, 2, 256, 3, 3)), row)
+
+
+@attack
+def a_block_whose_positions_cancel():
+    torch.manual_seed(1)
+    g = torch.rand(3, 2, 4)
+    g[1] = torch.tensor([[1e7], [-1e7]])
+    batch = torch.rand(100, 3, 2, 4), torch.rand(100, 3, 2, 4)
+    return Attack(blocks, torch.zeros(3, 4, 4), batch, (torch.ones(3, 2, 4), g))
+
+
+@attack
+def a_common_component_in_blocks():
+    torch.manual_seed(1)
+    x, g = torch.randn(2, 8, 512) + 1e4 * torch.randn(2, 1, 512), torch.randn(2, 8, 512)
+    batch = ordinary(4, 2, 8, 512), ordinary(4, 2, 8, 512)
+    return Attack(blocks, torch.zeros(2, 512, 512), batch, (x, g - g.mean(1, keepdim=True)))
 
 
 def common_component(size: float, positions: int, width: int, seed: int = 1) -> Attack:
@@ -250,15 +289,15 @@ def table(params: Tensor, example: tuple[Tensor, ...]) -> Tensor:
 
 
 def cancelling_table(size: float, *, transposed: bool = False) -> Attack:
-    """The head takes away again, but for a little, what the embedding adds."""
+    """The head takes away again, but for a little, what the embedding adds; the table is too large to be stacked."""
     torch.manual_seed(4)
-    tokens = torch.randint(6, (8,))
-    lines = size * (1 + torch.rand(8, 16))
-    row = tokens, lines, lines + torch.randn(8, 16), -F.one_hot(tokens, 6).float()
-    batch = torch.randint(6, (100, 8)), ordinary(100, 8, 16), ordinary(100, 8, 16), ordinary(100, 8, 6)
+    tokens = torch.randint(64, (8,))
+    lines = size * (1 + torch.rand(8, 64))
+    row = tokens, lines, lines + torch.randn(8, 64), -F.one_hot(tokens, 64).float()
+    batch = torch.randint(64, (100, 8)), *(ordinary(100, 8, 64) for _ in range(3))
     if transposed:
-        return Attack(lambda params, example: table(params.T, example), torch.zeros(16, 6), batch, row)
-    return Attack(table, torch.zeros(6, 16), batch, row)
+        return Attack(lambda params, example: table(params.T, example), torch.zeros(64, 64), batch, row)
+    return Attack(table, torch.zeros(64, 64), batch, row)
 
 
 @attack
@@ -274,6 +313,15 @@ def an_embedding_and_a_head_that_cancel():
 @attack
 def an_embedding_and_a_head_that_cancel_far():
     return cancelling_table(1e9, transposed=True)
+
+
+@attack
+def a_table_looked_up_where_it_cancels():
+    """The head is ordinary."""
+    attacked = cancelling_table(1.0)
+    lines = torch.zeros(8, 64)
+    lines[0], lines[1] = 1e7, -1e7
+    return attacked._replace(row=(torch.zeros(8, dtype=torch.int64), lines, ordinary(8, 64), ordinary(8, 64)))
 
 
 @attack

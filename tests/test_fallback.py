@@ -93,11 +93,6 @@ def _hook(p, x):
     return y.sin().sum()
 
 
-def _autograd(p, x):
-    y = p["w"] * x
-    return torch.autograd.grad(y.sin().sum(), y, create_graph=True)[0].square().sum()
-
-
 def _many_paths(p, x):
     return (p["w"] * x).sum() * (1 + x.sum().item())
 
@@ -109,7 +104,6 @@ STEPS_DOWN = [
     (_write_beside_a_detached, "writes in place to a shared tensor"),
     (_write_after_use, "writes in place to a tensor made of params"),
     (_hook, "calls register_hook"),
-    (_autograd, "torch.func.grad"),
 ]
 
 

@@ -47,6 +47,11 @@ def table_by_columns(p, x):
     return torch.tanh(F.embedding(x % D, p["w"].T) @ p["w"]).square().sum()
 
 
+def columns_after_rows(p, x):
+    rows = F.linear(F.one_hot(x % D, D).double(), p["w"])
+    return (torch.sin(rows) * F.embedding(x % D, p["w"].T)).sum()
+
+
 def cell(p, x):
     h = x[0]
     for row in x:
@@ -115,6 +120,7 @@ CASES = {
     tied_with_padding: ({"w": (V, D)}, tokens(B, T)),
     three_kinds: ({"w": (V, D)}, tokens(B, T)),
     table_by_columns: ({"w": (V, D)}, tokens(B, T)),
+    columns_after_rows: ({"w": (V, D)}, tokens(B, T)),
     cell: ({"w": (D, D), "u": (D, D), "b": (D,)}, r(B, T, D)),
     shared_layers: ({"w": (D, D), "s": (D,), "b": (D,)}, r(B, T, D)),
     a_matrix_and_its_transpose: ({"w": (D, D)}, r(B, T, D)),

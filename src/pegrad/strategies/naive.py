@@ -1,7 +1,8 @@
 """`naive`: one gradient after another. Slow, obvious, and what the others are checked against."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,11 @@ from torch.func import grad_and_value
 
 from pegrad.clipping import Weighting
 from pegrad.numerics import BLOCK
+from pegrad.rules.recurrent import PACKED_BY_STEPS
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
 from pegrad.tracing.batched import transformed
+from pegrad.tracing.foreign import refuse_checkpoint
+from pegrad.tracing.interception import Interception
 
 
 class Naive(Strategy):
@@ -50,7 +54,15 @@ class Naive(Strategy):
         return totals, torch.cat(squares), _join(values)
 
 
-_NO_HOOKS = "the loop does not support saved tensor hooks"
+class _Watch(Interception):
+    """Refuses `torch.utils.checkpoint`, which would differentiate a module's own weights."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by PyTorch in place of `func`."""
+        refuse_checkpoint()
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _plain(problem: Problem, example: Leaves) -> tuple[Leaves, Tensor, Leaves]:
@@ -60,8 +72,7 @@ def _plain(problem: Problem, example: Leaves) -> tuple[Leaves, Tensor, Leaves]:
         leaf.view_as(leaf) if onwards and leaf.requires_grad else leaf.detach().requires_grad_()
         for leaf in problem.params
     ]
-    # Checkpointing would run parts of the loss again when `functional_call` has put a module's own weights back.
-    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
+    with torch.enable_grad(), _Watch({}):
         loss, aux = problem.loss(leaves, example if onwards else [leaf.detach() for leaf in example])
     grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if loss.requires_grad:
@@ -74,7 +85,12 @@ def _plain(problem: Problem, example: Leaves) -> tuple[Leaves, Tensor, Leaves]:
 
 def _transformed(problem: Problem, example: Leaves) -> tuple[Leaves, Tensor, Leaves]:
     """Run one example under a transform of torch.func, where plain autograd may not be called."""
-    grads, (loss, aux) = grad_and_value(problem.loss, has_aux=True)(problem.params, example)
+
+    def unpacked(params: Leaves, example: Leaves) -> tuple[Tensor, Leaves]:
+        with Interception(PACKED_BY_STEPS):
+            return problem.loss(params, example)
+
+    grads, (loss, aux) = grad_and_value(unpacked, has_aux=True)(problem.params, example)
     return grads, loss, aux
 
 

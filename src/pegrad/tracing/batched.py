@@ -1,18 +1,22 @@
 """Reach through `vmap`: tell batched tensors from shared ones, and run a function on the physical batch."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 def is_batched(tensor: Tensor) -> bool:
     """Tell whether a tensor has, under the `vmap` that is running, an axis that the loss does not see."""
     # torch.func has no public way to ask; functorch's own code asks like this.
     return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one of `torch.func.grad`'s or its like, running or over."""
+    return torch._C._functorch.is_gradtrackingtensor(tensor)
 
 
 def transformed() -> bool:
@@ -23,6 +27,50 @@ def transformed() -> bool:
 def level() -> int | None:
     """Return how deep in transforms of torch.func this runs; None outside of all."""
     return torch._C._functorch.maybe_current_level()
+
+
+def vmaps() -> list[tuple[int, str]]:
+    """Return the batch size of each `vmap` that is running, and what it says of randomness, the outermost first."""
+    functorch = torch._C._functorch
+    maps = [
+        functorch.CVmapInterpreterPtr(interpreter)
+        for interpreter in functorch.get_interpreter_stack() or ()
+        if interpreter.key() == functorch.TransformType.Vmap
+    ]
+    return [(mapped.batchSize(), mapped.randomness().name.lower()) for mapped in maps]
+
+
+def differentiated() -> bool:
+    """Tell whether a transform of torch.func other than `vmap` is running."""
+    functorch = torch._C._functorch
+    running = functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() != functorch.TransformType.Vmap for interpreter in running)
+
+
+@contextmanager
+def lowered(to: int | None) -> Iterator[None]:
+    """Inside the block, the transforms of torch.func above a level do not run; None: none runs."""
+    functorch = torch._C._functorch
+    popped = []
+    try:
+        while functorch.maybe_current_level() != to:
+            popped.append(functorch.pop_dynamic_layer_stack())
+        yield
+    finally:
+        while popped:
+            functorch.push_dynamic_layer_stack(popped.pop())
+
+
+@contextmanager
+def changing_requires_grad() -> Iterator[None]:
+    """Inside the block, a tensor may be made to require a gradient of the innermost `torch.func.grad`."""
+    functorch = torch._C._functorch
+    before = functorch.get_inplace_requires_grad_allowed()
+    functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        yield
+    finally:
+        functorch.set_inplace_requires_grad_allowed(before)
 
 
 def physical(tensor: Tensor) -> Tensor:
@@ -65,12 +113,12 @@ def whole_rows(tensor: Tensor) -> bool:
     return True
 
 
-def on_physical_batch(function: Callable[..., T], *tensors: Tensor) -> T:
+def on_physical_batch(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """Call a function on tensors as they lie in memory, the examples along their first axis.
 
     Args:
-        function: takes one tensor `(B, ...)` for each of `tensors`, returns one tensor `(B, ...)`, or a tuple of them.
-            Plain autograd records what it does.
+        function: takes one tensor `(B, ...)` for each of `tensors`, returns one tensor `(B, ...)`, or a tuple of
+            them. Plain autograd records what it does.
         tensors: at least one of them batched; a shared one is expanded.
 
     Returns:
@@ -93,10 +141,11 @@ class _OnPhysicalBatch(torch.autograd.Function):
         raise AssertionError("on_physical_batch needs a batched tensor")
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Any, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Any, Any]:
         dims = in_dims[1:]
         physical = [
             t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in zip(tensors, dims, strict=True)
         ]
-        return function(*physical), 0
+        result = function(*physical)
+        return result, (0,) * len(result) if isinstance(result, tuple) else 0

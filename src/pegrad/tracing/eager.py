@@ -53,6 +53,16 @@ def eager(function: F) -> F:
     return run  # type: ignore[return-value]
 
 
+def generator_states() -> Generators:
+    """Return the states of torch's generators, which a loss that runs twice must find as they were."""
+    return Generators.now()
+
+
+def set_generator_states(states: Generators) -> None:
+    """Put torch's generators back into states that `generator_states` returned."""
+    states.restore()
+
+
 _lock = threading.Lock()
 _depth = 0
 _stance: Any = None

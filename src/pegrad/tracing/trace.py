@@ -8,9 +8,11 @@ a rule, each example gets a copy of it for that use; what autograd returns for t
 
 Every run is traced anew, so a loss may take another path each time. What could make the numbers wrong in silence is
 refused: a parameter, or what was made of one, changed in place after its use; a hook on a gradient, of which the rules
-know nothing; losses that no tap and no copy has any part in. Where the trace cannot follow (into a transform of
-torch.func inside the loss, or through a user's `autograd.Function` between a parameter and its use) it steps aside: the
-leaf then shows up in the backward pass, or is marked, and each example gets a copy of it in a second run.
+know nothing; losses that no tap and no copy has any part in. Functions of PyTorch's that are written in Python are seen
+through (`inlining`), and so is a `vmap` of the loss's own (`nested`). Where the trace cannot follow (into another
+transform of torch.func inside the loss, or through a user's `autograd.Function` between a parameter and its use) it
+steps aside: the leaf then shows up in the backward pass, or is marked, and each example gets a copy of it in a second
+run. A loss that calls `torch.autograd.grad` needs a graph that holds every parameter: each example gets a copy of all.
 
 What a batch cannot answer or do as one has files of its own: `questions` (`if x.mean() > 0`), `rows` (`x[mask]`) and
 `writes` (`out[t] = h`).
@@ -19,7 +21,7 @@ What a batch cannot answer or do as one has files of its own: `questions` (`if x
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,10 +30,16 @@ from torch.overrides import TorchFunctionMode
 
 from pegrad import trees
 from pegrad.errors import PegradError, StrategyError
-from pegrad.rules.site import Rule, Site
-from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
+from pegrad.rules.recurrent import BY_STEPS
+from pegrad.rules.site import Rule, Shape, Site
+from pegrad.tracing.batched import differentiated, is_batched, is_tracked, level, lowered, on_physical_batch, physical
+from pegrad.tracing.foreign import refuse_checkpoint
+from pegrad.tracing.inlining import inlined
+from pegrad.tracing.inner_grad import SET_REQUIRES_GRAD, Differentiates, inner_grad, require_grad
+from pegrad.tracing.journal import Journal, kept, once
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
+from pegrad.tracing.nested import WIDENED, on_all_images
 from pegrad.tracing.questions import INDEXED, QUESTIONS, Inquiry
 from pegrad.tracing.rows import Aliases, can_separate, row_by_row
 from pegrad.tracing.sound import SOUND
@@ -39,6 +47,11 @@ from pegrad.tracing.writes import Made, writes
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+
+T = TypeVar("T")
+
+Loss = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
+"""`(parameter leaves, example leaves) -> (scalar, aux leaves)`"""
 
 Receive = Callable[["Tapped", Tensor, Tensor], None]
 """`(tapped, x, g)`: called in the backward pass with a tapped operation's input and the gradient at its output."""
@@ -83,11 +96,12 @@ class Trace(TorchFunctionMode):
         aux: the leaves of aux, each `(B, ...)`, detached.
         tapped: the operations that met parameters, in the order in which they ran.
         copies: the parameters of which each example has a copy.
+        journals: of the functions that are running and will run again in the backward pass.
     """
 
     def __init__(
         self,
-        loss: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]],
+        loss: Loss,
         params: Sequence[Tensor],
         batch: Sequence[Tensor],
         rules: Mapping[Callable, Rule],
@@ -98,6 +112,7 @@ class Trace(TorchFunctionMode):
         self.params = [leaf.detach().requires_grad_() for leaf in params]
         self.tapped: list[Tapped] = []
         self.copies: list[Copies] = []
+        self.journals: list[Journal] = []
         self._rules = rules
         self._leaves = {id(leaf): i for i, leaf in enumerate(self.params)}
         self._made: dict[Any, bool] = {}
@@ -105,18 +120,27 @@ class Trace(TorchFunctionMode):
         self._versions: list[tuple[Tensor, int, str]] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._line = _Line()
-        self._inquiry = Inquiry(mask, batch[0].shape[0])
-        self._aliases = Aliases()
-        self._here = Made()
+        self._mask = mask
+        self._whole = len(apart) == len(self.params)
+        try:
+            self._run(loss, batch, apart)
+        except Differentiates:
+            self._whole = True
+            for noted in (self.tapped, self.copies, self._versions, self._copied, self.journals):
+                noted.clear()
+            self._run(loss, batch, range(len(self.params)))
+        self._check_versions()
 
+    def _run(self, loss: Loss, batch: Sequence[Tensor], apart: Collection[int]) -> None:
         def traced(example: list[Tensor], copies: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
-            self._level = level()
+            self._level, self._example = level() or 0, example[0]
             with self:
                 return loss([copies.get(i, leaf) for i, leaf in enumerate(self.params)], example)
 
         with torch.enable_grad():
             copies = {i: self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart}
             rows = [leaf.detach() for leaf in batch]
+            self._inquiry, self._aliases, self._here = Inquiry(self._mask, len(rows[0])), Aliases(), Made()
             try:
                 self.losses, aux = vmap(traced, randomness="different")(rows, copies)
             except Exception:
@@ -124,7 +148,6 @@ class Trace(TorchFunctionMode):
                 raise
         self._inquiry.check()
         self._aliases.check()
-        self._check_versions()
         self._aliases, self._here = Aliases(), Made()
         self.aux = [leaf.detach() for leaf in aux]
 
@@ -159,35 +182,55 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         """Called by PyTorch in place of `func`."""
         kwargs = kwargs or {}
-        if level() != self._level:  # inside a transform of the loss's own
+        refuse_checkpoint()
+        nested = level() != self._level
+        if nested:  # where the rule of a recurrence does not reach
+            func = BY_STEPS.get(func, func)
+        if nested and differentiated():  # inside a transform of the loss's own, other than a `vmap`
             return func(*args, **kwargs)
         if func == _REQUIRES_GRAD and is_batched(args[0]):  # the wrapper says no; its rows know
             return physical(args[0]).requires_grad
-        if func in INDEXED:
+        if func in INDEXED and not nested:
             args = (args[0], self._inquiry.index(args[1]), *args[2:])
         tensors = [t for t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
+        parameters = [t for t in tensors if self.is_parameter(t)]
         witness = next((t for t in tensors if is_batched(t)), None)
         name = getattr(func, "__name__", str(func))
         if witness is not None:
-            if func in QUESTIONS:
+            if func in QUESTIONS and not nested:
                 return self._inquiry.ask(func, args, kwargs)
             func = SOUND.get(func, func)
-        parameters = [t for t in tensors if self.is_parameter(t)]
+        if func in SET_REQUIRES_GRAD and is_batched(args[0]):
+            return require_grad(*args, **kwargs)
+        if witness is not None and kwargs.get("requires_grad"):  # zeros_like(..., requires_grad=True) and its like
+            return require_grad(func(*args, **{**kwargs, "requires_grad": False}))
+        if func is torch.autograd.grad and (parameters or witness is not None) and not any(map(is_tracked, tensors)):
+            if not self._whole:
+                raise Differentiates
+            return inner_grad(*args, **kwargs)
         if func in _HOOKS and (parameters or witness is not None):
             raise StrategyError(
                 f"The loss calls {name}, which may change gradients on their way back: use strategy='vmap' or 'naive'"
             )
         rule = self._rules.get(func)
         if rule is not None and witness is not None:
-            result = rule(self, *args, **kwargs)
+            result = self._nested(func, args, kwargs) if nested else rule(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
+        body = inlined(func) if witness is not None and (parameters or _takes_function(args, kwargs)) else None
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        if witness is None and parameters and self.journals:
+            with kept():
+                return func(*args, **kwargs)
         if witness is None:
             result = func(*args, **kwargs)
-            self._here.note(result, func, tensors)
+            if not nested:
+                self._here.note(result, func, tensors)
             return result
         if writes(name):
-            self._admit(args[0] if args else None, witness, name)
+            self._admit(args[0] if args else None, witness, name, nested)
             parameters = [t for t in parameters if self.is_parameter(t)]
         copied = {id(p): self.expand(p, witness, name) for p in parameters}
 
@@ -199,19 +242,21 @@ class Trace(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except Exception as error:
-            if writes(name) or isinstance(error, PegradError) or not can_separate(func, kwargs):
+            if nested or writes(name) or isinstance(error, PegradError) or not can_separate(func, kwargs):
                 raise
             try:
                 return row_by_row(self._inquiry, self._aliases, func, args, kwargs)
             except Exception:
                 raise error from None
 
-    def _admit(self, target: Any, witness: Tensor, name: str) -> None:
+    def _admit(self, target: Any, witness: Tensor, name: str, nested: bool) -> None:
         """Let a tensor that is the same for all examples hold what differs, before that is written to it."""
         if not isinstance(target, Tensor) or is_batched(target):
             return
         made = self.is_parameter(target)
-        if target in self._here and all(target is not source for source, _, _ in self._versions):
+        if nested and not made:  # PyTorch tells by itself
+            return
+        if not nested and target in self._here and all(target is not source for source, _, _ in self._versions):
             if made:
                 batched = self.expand(target.clone(), witness, name).clone()
             else:
@@ -223,6 +268,10 @@ class Trace(TorchFunctionMode):
             f"from example to example ({name}): build a new tensor instead (torch.stack, torch.where, a + b), or use "
             "strategy='naive'"
         )
+
+    def _nested(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        widened = WIDENED.get(func)
+        return NotImplemented if widened is None else on_all_images(widened, self, args, kwargs)
 
     def is_parameter(self, tensor: Any) -> bool:
         """See `Recorder.is_parameter`."""
@@ -266,17 +315,28 @@ class Trace(TorchFunctionMode):
         """See `Recorder.record`."""
         return on_physical_batch(lambda x: run(x, self._tap), x)
 
-    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def run(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """See `Recorder.run`."""
         return on_physical_batch(function, *tensors)
 
     def expand(self, parameter: Tensor, witness: Tensor, operation: str = "") -> Tensor:
         """See `Recorder.expand`."""
-        if id(parameter) not in self._copied:  # `copies` keeps the parameter alive, so its id stays its own
-            self._copied[id(parameter)] = on_physical_batch(
-                lambda like: self._copy(parameter, like.shape[0], operation), witness
-            )
-        return self._copied[id(parameter)]
+
+        def copy() -> Tensor:
+            if id(parameter) not in self._copied:  # `copies` keeps the parameter alive, so its id stays its own
+                with lowered(self._level):
+                    self._copied[id(parameter)] = on_physical_batch(
+                        lambda like: self._copy(parameter, like.shape[0], operation), self._example
+                    )
+            return self._copied[id(parameter)]
+
+        return self._once([(parameter, operation)], copy)
+
+    def _once(self, uses: list[tuple[Tensor, str]], make: Callable[[], T]) -> T:
+        if not self.journals:
+            return make()
+        known = [(lineage(source, self._leaves).leaves, source.shape, operation) for source, operation in uses]
+        return once(self.journals, known, make)
 
     def _copy(self, parameter: Tensor, batch: int, operation: str) -> Tensor:
         self._note(parameter, operation)
@@ -284,16 +344,28 @@ class Trace(TorchFunctionMode):
         self.copies.append(Copies(parameter, rows, operation))
         return rows
 
+    def announce(self, sites: list[Site], x: Shape, y: Shape, dtype: torch.dtype) -> "_Sender":
+        """See `Recorder.announce`."""
+
+        def note() -> _Sender:
+            for site in sites:
+                self._note(site.source, site.operation)
+            self.tapped.append(Tapped(sites, tuple(x), tuple(y), dtype))
+            return _Sender(self._anchor, self._line, self.tapped[-1])
+
+        return self._once([(site.source, site.operation) for site in sites], note)
+
     def _tap(self, y: Tensor, x: Tensor, sites: list[Site]) -> Tensor:
         if not sites:
             return y
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        for site in sites:
-            self._note(site.source, site.operation)
-        tapped = Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype)
-        self.tapped.append(tapped)
-        return _Tap.apply(y, self._anchor, x.detach(), self._line, tapped)
+        send = self.announce(sites, x.shape, y.shape, x.dtype)
+        return _Tap.apply(y, send.anchor, x.detach(), send)
+
+
+def _takes_function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(callable(argument) and not isinstance(argument, Tensor) for argument in (*args, *kwargs.values()))
 
 
 class _Line:
@@ -321,6 +393,18 @@ class _Line:
             self._receive(tapped, x, g)
 
 
+@dataclass(frozen=True, eq=False)
+class _Sender:
+    """Sends what one operation has to tell: see `Send`."""
+
+    anchor: Tensor
+    line: _Line
+    tapped: Tapped
+
+    def __call__(self, x: Tensor, g: Tensor) -> None:
+        self.line.send(self.tapped, x, g)
+
+
 class _Tap(torch.autograd.Function):
     """The identity, in place; its backward sends on the gradient that passes.
 
@@ -330,14 +414,14 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, line: _Line, tapped: Tapped) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, send: _Sender) -> Tensor:
         ctx.mark_dirty(y)
         ctx.save_for_backward(x)
-        ctx.line, ctx.tapped = line, tapped
+        ctx.send = send
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.line.send(ctx.tapped, x, g.detach())
-        return g, None, None, None, None
+        ctx.send(x, g.detach())
+        return g, None, None, None
