@@ -343,7 +343,8 @@ def test_errors_name_what_is_wrong():
 
 def test_check_compares_in_float64():
     """Catches: frozen parameters and buffers that stay in float32, so that only rough comparisons are possible."""
-    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6).eval(), LowRank(nn.Linear(6, 3)))
+    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6), LowRank(nn.Linear(6, 3))).eval()
+    module[2].running_mean = module[1].running_mean  # one buffer of two
     apply, params = pegrad.from_module(module)
     report = pegrad.check(lambda p, ex: example_loss(apply, p, *ex), params, (torch.randn(B, 4), torch.arange(B) % 3))
     assert report.dtypes == ("float64", "float32")

@@ -69,10 +69,9 @@ def from_module(module: nn.Module, *, batch_axis: int | None = 0) -> Functional:
         raise ArgumentError(f"Expected batch_axis to be None or a whole number >= 0, got batch_axis={batch_axis}")
     own = _trained(module)
     _refuse_coupling(module)
-    dtypes = {name: parameter.dtype for name, parameter in own.items()}
-    return Functional(
-        Apply(module, batch_axis, dtypes), {name: parameter.detach().clone() for name, parameter in own.items()}
-    )
+    like = {name: parameter.detach().to("meta") for name, parameter in own.items()}
+    params = {name: parameter.detach().clone() for name, parameter in own.items()}
+    return Functional(Apply(module, batch_axis, like), params)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +88,8 @@ class Apply:
 
     module: nn.Module
     batch_axis: int | None
-    dtypes: Mapping[str, torch.dtype]
-    """For each name in `params`, the module's own dtype."""
+    like: Mapping[str, Tensor]
+    """For each name in `params`, a tensor of the module's own shape and dtype, on the meta device."""
 
     def __call__(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the module.
@@ -107,16 +106,15 @@ class Apply:
             LeafError: `params` has other names or shapes than the module's.
             LossError: the module changes its buffers, so that one example reaches the next.
         """
-        own = dict(self.module.named_parameters())
-        _check_names(params, own, self.dtypes)
-        state = {**own, **dict(self.module.named_buffers())}
-        moved = {old: params[name].dtype for name, old in self.dtypes.items() if params[name].dtype != old}
-        if moved:
-            state = {name: tensor.to(moved.get(tensor.dtype, tensor.dtype)) for name, tensor in state.items()}
-        state.update(params)
-        args, kwargs = trees.map(self._with_axis, (args, kwargs))
+        _check_names(params, self.like)
         watched = _Watched(self.module)
-        output = functional_call(watched, {f"module.{name}": tensor for name, tensor in state.items()}, (args, kwargs))
+        state = {**watched.buffers_now(), **{f"module.{name}": tensor for name, tensor in params.items()}}
+        moved = {own.dtype: params[name].dtype for name, own in self.like.items() if params[name].dtype != own.dtype}
+        if moved:
+            given = {**dict(watched.named_parameters()), **state}
+            cast = {id(tensor): tensor.to(moved.get(tensor.dtype, tensor.dtype)) for tensor in given.values()}
+            state = {name: cast[id(tensor)] for name, tensor in given.items()}  # what was shared stays shared
+        output = functional_call(watched, state, trees.map(self._with_axis, (args, kwargs)))
         return trees.map(self._without_axis, output)
 
     def _with_axis(self, value: Any) -> Any:
@@ -141,25 +139,32 @@ class _Watched(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self._owners = [(f"{name}.", owner) for name, owner in self.named_modules() if owner is not self]
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before = self._buffers_now()
+        before = {name: (id(buffer), _version(buffer)) for name, buffer in self.buffers_now().items()}
         output = self.module(*args, **kwargs)
-        after = self._buffers_now()
+        after = {name: (id(buffer), _version(buffer)) for name, buffer in self.buffers_now().items()}
         for name in (*before, *after):
             if before.get(name) != after.get(name):
                 raise LossError(
-                    f"The module changes its buffer {name!r} as it runs, so it is not a pure function of one example. "
-                    "If that is a normalisation with running statistics: call module.eval(), or see "
+                    f"The module changes its buffer {name.removeprefix('module.')!r} as it runs, so it is not a pure "
+                    "function of one example. If that is a normalisation: call module.eval(), or see "
                     "pegrad.modules.replace_batch_norm"
                 )
         return output
 
-    def _buffers_now(self) -> dict[str, tuple[int, int]]:
+    def buffers_now(self) -> dict[str, Tensor]:
         return {
-            name: (id(buffer), 0 if buffer.is_inference() else buffer._version)
-            for name, buffer in self.module.named_buffers()
+            name + own: buffer
+            for name, owner in self._owners
+            for own, buffer in owner._buffers.items()
+            if buffer is not None
         }
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def to_module(module: _Module, params: Mapping[str, Tensor], *, copy: bool = False) -> _Module:
@@ -178,7 +183,7 @@ def to_module(module: _Module, params: Mapping[str, Tensor], *, copy: bool = Fal
         ArgumentError: no parameter of the module requires a gradient.
     """
     own = _trained(module)
-    _check_names(params, own, own)
+    _check_names(params, own)
     if copy:
         module = deepcopy(module)
         own = _trained(module)
@@ -268,15 +273,15 @@ def _refuse_lazy(module: nn.Module) -> None:
             raise ArgumentError(f"The module's {name} has no shape yet: run the lazy module on a batch first")
 
 
-def _check_names(params: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Mapping[str, Any]) -> None:
-    """Check that `params` has the given names and the module's shapes.
+def _check_names(params: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Check that `params` has the names and shapes of the module's trained parameters.
 
     Raises:
         LeafError: it does not.
     """
     if not isinstance(params, Mapping):
         raise LeafError(f"params is of type {type(params).__name__}: expected a dict like that of pegrad.from_module")
-    for wrong, what in ((names.keys() - params.keys(), "lacks"), (params.keys() - names.keys(), "has")):
+    for wrong, what in ((like.keys() - params.keys(), "lacks"), (params.keys() - like.keys(), "has")):
         if wrong:
             shown = ", ".join(repr(name) for name in sorted(wrong, key=str)[:3])
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -284,10 +289,11 @@ def _check_names(params: Mapping[str, Tensor], own: Mapping[str, Tensor], names:
                 f"params {what} {shown}{more}, unlike the module's trained parameters: pass a dict with the names that "
                 "pegrad.from_module returned"
             )
-    for name in names:
-        if not isinstance(params[name], Tensor) or params[name].shape != own[name].shape:
-            got = tuple(getattr(params[name], "shape", ())) or type(params[name]).__name__
-            raise LeafError(f"params[{name!r}] is {got}, but the module's parameter is {tuple(own[name].shape)}")
+    for name, own in like.items():
+        given = params[name]
+        if not isinstance(given, Tensor) or given.shape != own.shape:
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise LeafError(f"params[{name!r}] is {got}, but the module's parameter is {tuple(own.shape)}")
 
 
 def _refuse_coupling(module: nn.Module) -> None:

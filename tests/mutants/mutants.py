@@ -979,7 +979,7 @@ MUTANTS = [
     ),
     Mutant(
         "modules.py",
-        "names.keys() - params.keys()",
+        "like.keys() - params.keys()",
         "params.keys() - params.keys()",
         "test_modules.py -k errors_name",
         "the module's own weights stand in for those that are missing, and are never trained",
