@@ -4,38 +4,38 @@ Where a site has no such kernel, the only one it has is taken.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from pegrad.rules.site import Shape, Site
+from pegrad.plan.candidates import Candidate, Shaped, candidates
+from pegrad.rules.site import Shape
 from pegrad.strategies import Ghost
-from pegrad.strategies.choice import Candidate, candidates
-from pegrad.tracing.trace import Tapped
 
 
 class _Chosen(Ghost):
     """Ghost clipping that takes the cheapest kernel of one kind."""
 
     @abstractmethod
-    def stacks(self, site: Site, tapped: Tapped) -> bool:
+    def stacks(self, use: Shaped) -> bool:
         """Whether the norms come from stacked gradients, or else from Gram matrices."""
 
-    def choose(self, site: Site, tapped: Tapped) -> Candidate:
+    def choose(self, uses: Sequence[Shaped]) -> Candidate:
         """See `Traced.choose`."""
-        found = candidates(site, tapped.x, tapped.y, self.timings)
-        of_kind = [candidate for candidate in found if candidate.stacks == self.stacks(site, tapped)]
+        found = candidates(uses, self.timings)
+        of_kind = [candidate for candidate in found if candidate.stacks == self.stacks(uses[0])]
         return min(of_kind or found, key=lambda candidate: candidate.norm_time)
 
-    def choose_norm(self, site: Site, tapped: Tapped) -> Candidate:
+    def choose_norm(self, uses: Sequence[Shaped]) -> Candidate:
         """See `Traced.choose_norm`."""
-        return self.choose(site, tapped)
+        return self.choose(uses)
 
 
 @dataclass(frozen=True)
 class GhostOnly(_Chosen):
     """Norms from Gram matrices, whatever they cost (Li et al. 2022)."""
 
-    def stacks(self, site: Site, tapped: Tapped) -> bool:
+    def stacks(self, use: Shaped) -> bool:
         """Never."""
         return False
 
@@ -44,7 +44,7 @@ class GhostOnly(_Chosen):
 class InstantiateOnly(_Chosen):
     """Norms from stacked gradients, dropped at once (Lee & Kifer 2021, FastGradClip)."""
 
-    def stacks(self, site: Site, tapped: Tapped) -> bool:
+    def stacks(self, use: Shaped) -> bool:
         """Always."""
         return True
 
@@ -53,9 +53,9 @@ class InstantiateOnly(_Chosen):
 class PublishedRule(_Chosen):
     """The one or the other by Bu, Mao & Xu 2022, Section 4: Gram matrices where 2 T² < D p."""
 
-    def stacks(self, site: Site, tapped: Tapped) -> bool:
+    def stacks(self, use: Shaped) -> bool:
         """By the rule."""
-        return not prefers_ghost(site.source.shape, tapped.y)
+        return not prefers_ghost(use.site.source.shape, use.g)
 
 
 def prefers_ghost(weight: Shape, g: Shape) -> bool:

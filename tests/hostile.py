@@ -243,6 +243,58 @@ def a_tied_leaf_whose_uses_cancel():
     return Attack(loss, torch.zeros(3, 2), batch, (x, torch.ones(2, 3)))
 
 
+def table(params: Tensor, example: tuple[Tensor, ...]) -> Tensor:
+    """A table `(V, d)` looked up and multiplied with: a gradient from each use, whatever both are."""
+    tokens, lines, x, g = example
+    return (F.embedding(tokens, params) * lines).sum() + (F.linear(x, params) * g).sum()
+
+
+def cancelling_table(size: float, *, transposed: bool = False) -> Attack:
+    """The head takes away again, but for a little, what the embedding adds; the table is too large to be stacked."""
+    torch.manual_seed(4)
+    tokens = torch.randint(64, (8,))
+    lines = size * (1 + torch.rand(8, 64))
+    row = tokens, lines, lines + torch.randn(8, 64), -F.one_hot(tokens, 64).float()
+    batch = torch.randint(64, (100, 8)), *(ordinary(100, 8, 64) for _ in range(3))
+    if transposed:
+        return Attack(lambda params, example: table(params.T, example), torch.zeros(64, 64), batch, row)
+    return Attack(table, torch.zeros(64, 64), batch, row)
+
+
+@attack
+def an_embedding_and_a_head_that_cancel_a_little():
+    return cancelling_table(30.0)
+
+
+@attack
+def an_embedding_and_a_head_that_cancel():
+    return cancelling_table(1e4)
+
+
+@attack
+def an_embedding_and_a_head_that_cancel_far():
+    return cancelling_table(1e9, transposed=True)
+
+
+@attack
+def a_table_looked_up_where_it_cancels():
+    """The head is ordinary."""
+    attacked = cancelling_table(1.0)
+    lines = torch.zeros(8, 64)
+    lines[0], lines[1] = 1e7, -1e7
+    return attacked._replace(row=(torch.zeros(8, dtype=torch.int64), lines, ordinary(8, 64), ordinary(8, 64)))
+
+
+@attack
+def a_kernel_whose_uses_cancel():
+    def loss(params, example):
+        image, g = example
+        return ((F.conv2d(image, params, padding=1) - F.conv2d(image + 1e-3, params, padding=1)) * g).sum()
+
+    batch = ordinary(100, 4, 8, 8), ordinary(100, 8, 8, 8)
+    return Attack(loss, torch.zeros(8, 4, 3, 3), batch, (1e6 * ordinary(4, 8, 8), ordinary(8, 8, 8)))
+
+
 @attack
 def a_backward_function_that_is_not_linear():
     class Sign(torch.autograd.Function):

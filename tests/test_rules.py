@@ -13,12 +13,12 @@ import pegrad
 from pegrad import random
 from pegrad.call import Call
 from pegrad.papers import models
+from pegrad.reductions.native import Magnitudes
 from pegrad.rules import gram
 from pegrad.rules.conv import kernels, norms
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.costs import Work
 from pegrad.rules.gram import gram_norm
-from pegrad.strategies.native import Magnitudes
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def test_options_and_constants(name, strategy):
 @pytest.mark.parametrize("operation", ["convolution", "norm", "linear", "tied", "made"])
 def test_gradients_stacked_in_parts(operation, images, strategy, monkeypatch):
     """Catches: an example of several images cut in two, a last part lost, a part weighed by another's weights."""
-    monkeypatch.setattr("pegrad.strategies.native.BLOCK", 200)
+    monkeypatch.setattr("pegrad.reductions.native.BLOCK", 200)
     monkeypatch.setattr("pegrad.numerics.BLOCK", 200)
     params = {"k": r(3, 2, 2, 2), "b": r(3), "w": r(4, 4), "c": r(4)}
 
@@ -285,7 +285,7 @@ def test_stacked_gradients_are_not_kept_even_where_that_would_be_fastest():
 
 def test_ghost_never_stacks_a_whole_batch(monkeypatch):
     """Catches: gradients that are stacked for the norms, and held as if the sum were to be taken from them."""
-    monkeypatch.setattr("pegrad.strategies.native.BLOCK", 1 << 14)
+    monkeypatch.setattr("pegrad.reductions.native.BLOCK", 1 << 14)
     params = {"conv": torch.randn(32, 32, 3, 3)}
 
     def loss(params, image):
@@ -398,7 +398,7 @@ class TestExplain:
         assert conv.why == ""
         assert {c.norm for c in conv.candidates} >= {"gram_box", "gram_unfolded", *pegrad.KERNELS}
         assert conv.norm == conv.candidates[0].norm
-        assert "shares a leaf" in uses["params['tied']", "linear"].why
+        assert uses["params['tied']", "linear"].why == "2 uses as one"
         assert "no rule for cat" in uses["params['token']", "cat"].why
         assert explanation.unused == ("params['unused']",)
         text = str(explanation)

@@ -23,7 +23,7 @@ def exponents(least, greatest):
 def attacks(draw):
     """Batches that vary in all that rounding depends on: sizes, scales, what terms share, how they cancel."""
     torch.manual_seed(draw(st.integers(0, 2**20)))
-    kind = draw(st.sampled_from(["bilinear", "convolution", "embedding", "tied", "normalised"]))
+    kind = draw(st.sampled_from(["bilinear", "convolution", "embedding", "tied", "table", "normalised"]))
     rows, width, out = draw(st.integers(1, 80)), draw(st.integers(1, 96)), draw(st.integers(1, 48))
     side = draw(st.integers(1, 10))
     positions = side * side
@@ -58,6 +58,14 @@ def attacks(draw):
     if kind == "embedding":
         tokens = torch.randint(3, (rows + 1, positions))
         return Attack(hostile.embedding, torch.zeros(3, out), (tokens[1:], batch_g), (tokens[0], g))
+    if kind == "table":
+        tokens = torch.randint(out, (rows + 1, positions))
+        share = draw(st.sampled_from([0.0, 1.0]))  # whether the head takes away what the embedding adds
+        lines = scale * (torch.randn(positions, width) + common * torch.randn(width))
+        row = tokens[0], gradient * lines, x * (1 - share) + lines * share, g
+        if share:
+            row = *row[:3], -gradient * F.one_hot(tokens[0], out).float()
+        return Attack(hostile.table, torch.zeros(out, width), (tokens[1:], batch_x, batch_x + 1, batch_g), row)
     if kind == "tied":
         return Attack(_tied, torch.zeros(out, width), (batch_x, batch_g), (x, g))
     if kind == "normalised":

@@ -3,6 +3,7 @@
 from pegrad import accounting, auditing, modules, optim, random, sampling
 from pegrad.check import check
 from pegrad.checking.report import CheckReport, LeafCheck
+from pegrad.checkpointing import checkpoint
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step, add_noise, dp_sgd
 from pegrad.errors import (
     ArgumentError,
@@ -73,6 +74,7 @@ __all__ = [
     "auditing",
     "autotune",
     "check",
+    "checkpoint",
     "clipped_grad",
     "dp_sgd",
     "explain",

@@ -13,14 +13,13 @@ from torch import Tensor
 from pegrad import trees
 from pegrad.call import Call, check_size
 from pegrad.errors import ArgumentError
-from pegrad.numerics import accumulator, widen
 from pegrad.per_example import Loss
+from pegrad.plan.candidates import Candidate, Shaped, candidates, stack_name, timing_key
+from pegrad.plan.plan import Plan
 from pegrad.rules.site import Kernel, Site
 from pegrad.strategies import BookKeeping, Strategy, resolve
 from pegrad.strategies.auto import Auto
 from pegrad.strategies.base import Leaves, Problem
-from pegrad.strategies.book import Roots, Way
-from pegrad.strategies.choice import Candidate, candidates, stack_name, timing_key
 from pegrad.strategies.failures import attributed
 from pegrad.strategies.traced import Traced
 from pegrad.tables import as_html, as_text
@@ -48,7 +47,7 @@ class Use:
     numbers: int
     """How many numbers are kept for the sum. Uses that share a leaf keep its stacked gradient once, together."""
     why: str
-    """Why there was no choice; empty where the cheapest candidate was chosen."""
+    """Why there was no choice, or how many uses of one parameter were chosen for together; otherwise empty."""
     candidates: tuple[Candidate, ...]
     """Every way there was, the cheapest first."""
 
@@ -99,43 +98,44 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
     chosen = _traced(strategy)
     problem = Call.of(loss, params, batch, None).problem
     with attributed(chosen, problem):
-        trace, book = chosen.run(problem, partial(_Uses, chosen=chosen, problem=problem, paths=trees.paths(params)))
-    used = {leaf for source in book.sources for leaf in book.roots.lineages[id(source)].leaves}
-    unused = tuple(book.name({leaf}) for leaf in range(len(trace.params)) if leaf not in used)
-    return Explanation((*book.of_sites(), *book.of_copies()), unused)
+        _, uses = chosen.run(problem, partial(_Uses, chosen=chosen, problem=problem, paths=trees.paths(params)))
+    return Explanation((*uses.of_sites(), *uses.of_copies()), uses.unused())
 
 
 class _Uses:
-    """A book that enters nothing, and notes what `Norms` would do."""
+    """A reduction that computes nothing, and notes which uses come in."""
 
     def __init__(self, trace: Trace, chosen: Traced, problem: Problem, paths: list[str]) -> None:
-        self.roots = Roots.of(trace)
-        self.sources: list[Tensor] = [copies.source for copies in trace.copies]
+        self.plan = Plan(trace, chosen.choose if chosen.keeps else chosen.choose_norm, problem.sum_rows)
         self._trace = trace
         self._chosen = chosen
         self._problem = problem
         self._paths = paths
-        self._found: dict[int, Use] = {}
+        self._entered: set[int] = set()
 
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
-        """See `Book.receive`."""
-        sum_dtype = accumulator(widen(g).dtype, self._problem.sum_rows)
-        for site in tapped.sites:
-            self.sources.append(site.source)
-            self._found[id(site)] = self._use(site, tapped, self.roots.way(site, sum_dtype))
+        """See `Reduction.receive`."""
+        self._entered |= {id(site) for site in tapped.sites}
 
     def receive_copies(self, grads: Leaves) -> None:
-        """See `Book.receive_copies`."""
+        """See `Reduction.receive_copies`."""
+
+    def unused(self) -> tuple[str, ...]:
+        """Return the paths of the leaves that the loss does not depend on."""
+        sources = [site.source for site, _ in _sites(self._trace) if id(site) in self._entered]
+        sources += [copies.source for copies in self._trace.copies]
+        used = {leaf for source in sources for leaf in self.plan.uses.leaves(source)}
+        return tuple(self._name({leaf}) for leaf in range(len(self._trace.params)) if leaf not in used)
 
     def of_sites(self) -> list[Use]:
         """Return the uses that the loss depends on, in the order in which the loss made them."""
-        return [self._found[id(site)] for site, _ in _sites(self._trace) if id(site) in self._found]
+        return [self._of_site(site, tapped) for site, tapped in _sites(self._trace) if id(site) in self._entered]
 
     def of_copies(self) -> list[Use]:
         """Return the uses for which each example has a copy."""
         return [
             Use(
-                self.name(self.roots.lineages[id(copies.source)].leaves),
+                self._name(self.plan.uses.leaves(copies.source)),
                 copies.operation or "(in a rule)",
                 (),
                 tuple(copies.rows.shape),
@@ -148,30 +148,32 @@ class _Uses:
             for copies in self._trace.copies
         ]
 
-    def name(self, leaves: Collection[int]) -> str:
-        """Return the leaves' paths."""
+    def _name(self, leaves: Collection[int]) -> str:
         return ", ".join(f"params{self._paths[leaf]}" for leaf in sorted(leaves))
 
-    def _use(self, site: Site, tapped: Tapped, way: Way) -> Use:
-        keeps, shapes = self._chosen.keeps, (tapped.x, tapped.y)
-        norm, native, why = stack_name(site, *shapes, site.source.device.type), way == "made", ""
-        if way == "alone":
-            choice = (self._chosen.choose if keeps else self._chosen.choose_norm)(site, tapped)
-            norm, native = choice.norm, not choice.keeps
-        elif self.roots.sole(site.source):
-            why = "made of parameters"
+    def _of_site(self, site: Site, tapped: Tapped) -> Use:
+        group, keeps = self.plan.of[id(site.source)], self._chosen.keeps
+        choice, options = group.choice, group.shaped(self._problem.batch_size)
+        if choice is None:
+            norm, native = stack_name(site, tapped.x, tapped.y, site.source.device.type), group.way == "made"
+            why, options = (
+                "made of parameters" if native else "shares a leaf",
+                [Shaped(site, tapped.x, tapped.y, tapped.dtype)],
+            )
         else:
-            why = "shares a leaf"
+            norm, native = choice.names[group.kind_of(site)], not choice.keeps
+            why = f"{len(group.sites)} uses as one" if len(group.sites) > 1 else ""
         kept = prod(tapped.x) + prod(tapped.y) if native else self._problem.batch_size * site.source.numel()
         return Use(
-            self.name(self.roots.lineages[id(site.source)].leaves),
+            self._name(self.plan.uses.leaves(site.source)),
             site.operation,
-            *shapes,
+            tapped.x,
+            tapped.y,
             norm,
             "native" if native else "contract" if keeps else "stack",
             kept if keeps else 0,
             why,
-            tuple(candidates(site, *shapes, self._chosen.timings)),
+            tuple(candidates(options, self._chosen.timings)),
         )
 
 
@@ -207,16 +209,18 @@ def autotune(
     problem = Call.of(loss, params, batch, None).problem
     with attributed(chosen, problem):
         trace = chosen.trace(problem)
+        groups = Plan(trace, chosen.choose, problem.sum_rows).groups
     timings: dict[str, float] = {}
-    for site, tapped in _sites(trace):
-        native = site.summing(tapped.x, tapped.y)
-        kernels = {**site.stacking(tapped.x, tapped.y), **site.norming(tapped.x, tapped.y)}
-        if (len(kernels) == 1 and not native) or not tapped.dtype.is_floating_point:
+    for use in (use for group in groups if group.sites for use in group.shaped(len(trace.losses))):
+        site, x_shape, g_shape = use.site, use.x, use.g
+        native = site.summing(x_shape, g_shape)
+        kernels = {**site.stacking(x_shape, g_shape), **site.norming(x_shape, g_shape)}
+        if (len(kernels) == 1 and not native) or not use.dtype.is_floating_point:
             continue
         kernels |= {"native": native} if native else {}
-        keys = {timing_key(site, tapped.x, tapped.y, name): kernel for name, kernel in kernels.items()}
-        x = torch.randn(tapped.x, device=site.source.device, dtype=site.source.dtype)
-        g = torch.randn(tapped.y, device=site.source.device, dtype=site.source.dtype)
+        keys = {timing_key(site, x_shape, g_shape, name): kernel for name, kernel in kernels.items()}
+        x = torch.randn(x_shape, device=site.source.device, dtype=site.source.dtype)
+        g = torch.randn(g_shape, device=site.source.device, dtype=site.source.dtype)
         for key, kernel in keys.items():
             if key not in timings:
                 timings[key] = min(_clock(kernel, x, g) for _ in range(repeats))
@@ -228,7 +232,7 @@ _HEADER = ("leaf", "operation", "input", "output", "norm", "sum", "kept", "estim
 
 def _cells(use: Use) -> tuple[str, ...]:
     shapes = ("×".join(map(str, shape)) for shape in (use.x, use.g))
-    chosen = [c for c in use.candidates if c.norm == use.norm and c.keeps == (use.sum != "native")]
+    chosen = [c for c in use.candidates if use.norm in c.names and c.keeps == (use.sum != "native")]
     others = [c for c in use.candidates if c not in chosen]
     return (
         use.leaves,

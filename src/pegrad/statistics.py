@@ -17,8 +17,10 @@ from pegrad.clipping import Unclipped
 from pegrad.errors import ArgumentError, LeafError
 from pegrad.numerics import accumulator, widen
 from pegrad.per_example import Loss
+from pegrad.plan.uses import ParameterUses
+from pegrad.reductions.leaves import LeafAccumulator, stack_rows
+from pegrad.reductions.stack import StackedGradients
 from pegrad.strategies import BookKeeping
-from pegrad.strategies.book import Leafwise, Roots, Stacks, stack_rows
 from pegrad.strategies.failures import attributed
 from pegrad.tracing.eager import eager
 from pegrad.tracing.trace import Tapped, Trace
@@ -122,7 +124,7 @@ def gradient_moments(loss: Loss) -> Callable[..., Moments]:
 
         strategy = BookKeeping()
         with attributed(strategy, call.problem):
-            strategy.run(call.problem, partial(Stacks, visit=visit))
+            strategy.run(call.problem, partial(StackedGradients, visit=visit))
         call.check()
         return Moments(trees.unflatten(call.params, mean), trees.unflatten(call.params, variance))
 
@@ -172,7 +174,7 @@ class _Dots:
         self._trace = trace
         self._vectors = vectors
         self._of_source = {id(leaf): vector for leaf, vector in zip(trace.params, vectors, strict=True)}
-        self._leaves = Leafwise(trace, Roots.of(trace))
+        self._leaves = LeafAccumulator(trace, ParameterUses.of(trace))
         self.total = torch.zeros_like(trace.losses).detach()
 
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
@@ -200,15 +202,15 @@ class _Gram:
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
-        self._roots = Roots.of(trace)
-        self._leaves = Leafwise(trace, self._roots)
+        self._uses = ParameterUses.of(trace)
+        self._leaves = LeafAccumulator(trace, self._uses)
         batch = len(trace.losses)
         self.total = trace.losses.new_zeros(batch, batch).detach()
 
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
         x, g = widen(x), widen(g)
         for site in tapped.sites:
-            pairs = site.pairs(x, g) if self._roots.alone(site.source) else None
+            pairs = site.pairs(x, g) if self._uses.alone(site.source) else None
             if pairs is None:
                 self._add(self._leaves.add(site.source, stack_rows(site, x, g)))
             else:

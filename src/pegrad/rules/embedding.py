@@ -1,5 +1,6 @@
 """Embedding: rows of a table picked by tokens, which may repeat within an example."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -46,6 +47,19 @@ class EmbeddingWeight(Site):
     def amplitude(self, x: Tensor, g: Tensor, positions: int) -> Tensor:
         """See `Site.amplitude`; by the inequality of Cauchy and Schwarz."""
         return g * positions**0.5
+
+    def kind(self, x: Shape, g: Shape) -> Hashable:
+        """See `Site.kind`."""
+        return "embedding", self.padding
+
+    def joined(self, uses: Sequence[tuple[Tensor, Tensor]], batch: int) -> tuple[Site, Tensor, Tensor]:
+        """See `Site.joined`."""
+        x = torch.cat([x.reshape(batch, -1) for x, _ in uses], 1)
+        return self, x, torch.cat([g.reshape(batch, -1, g.shape[-1]) for _, g in uses], 1)
+
+    def factors(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Site.factors`."""
+        return x.reshape(x.shape[0], -1), self._lines(x, g).reshape(x.shape[0], -1, g.shape[-1])
 
     def apply(self, x: Tensor, parameter: Tensor) -> Tensor:
         """See `Site.apply`."""

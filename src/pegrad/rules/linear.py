@@ -1,6 +1,7 @@
 """Linear maps and matrix products with a parameter: all of them put in terms of `y = x Wᵀ`."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -46,6 +47,23 @@ class LinearWeight(Site):
     def weigh(self, x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `Site.weigh`."""
         return weigh_the_smaller(x, g, weights)
+
+    def kind(self, x: Shape, g: Shape) -> Hashable:
+        """See `Site.kind`."""
+        return "linear"
+
+    def joined(self, uses: Sequence[tuple[Tensor, Tensor]], batch: int) -> tuple[Site, Tensor, Tensor]:
+        """See `Site.joined`."""
+        x, g = (torch.cat([_rows(t) for t in parts], 1) for parts in zip(*uses, strict=True))
+        return self, x, g
+
+    def turned(self, source: Tensor, x: Tensor, g: Tensor) -> tuple[Site, Tensor, Tensor]:
+        """See `Site.turned`: input and gradient at the output change places."""
+        return replace(self, source=source), g, x
+
+    def factors(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Site.factors`."""
+        return _rows(g), _rows(x)
 
     def apply(self, x: Tensor, parameter: Tensor) -> Tensor:
         """See `Site.apply`."""

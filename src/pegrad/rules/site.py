@@ -1,7 +1,7 @@
 """What a rule knows of one place where a parameter meets an operation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -94,6 +94,36 @@ class Site(ABC):
         """Stack the gradients in float64, from float64 `x` and `g`."""
         kernels = self.stacking(tuple(x.shape), tuple(g.shape)).values()
         return min(kernels, key=lambda kernel: nanoseconds(kernel.rates, kernel.work, x.device.type)).run(x, g)
+
+    def kind(self, x: Shape, g: Shape) -> Hashable | None:
+        """Say what uses of one parameter must have in common to be taken for one use; None: this one cannot be.
+
+        Args:
+            x: shape of the input.
+            g: shape of the gradient at the output.
+        """
+        return None
+
+    def joined(self, uses: Sequence[tuple[Tensor, Tensor]], batch: int) -> "tuple[Site, Tensor, Tensor]":
+        """Take several uses of this kind for one: a site, its input and the gradient at its output.
+
+        Args:
+            uses: `(x, g)` of each.
+            batch: B.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says that it has a kind, but not how uses of it are joined")
+
+    def turned(self, source: Tensor, x: Tensor, g: Tensor) -> "tuple[Site, Tensor, Tensor] | None":
+        """Take a use of the transpose of a parameter for a use of the parameter, `source`, if that can be done."""
+        return None
+
+    def factors(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Write the gradients `(B, p, D)` as sums over positions of `left[t] ⊗ right[t]`, if they are such sums.
+
+        Returns:
+            `left` `(B, T, p)` and `right` `(B, T, D)`; integers `(B, T)` stand for unit vectors.
+        """
+        return None
 
     def apply(self, x: Tensor, parameter: Tensor) -> Tensor | None:
         """Run the operation, if it is linear in its parameter, with another one: the output, shaped like `g`."""

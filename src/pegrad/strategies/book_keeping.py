@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pegrad.clipping import Weighting
 from pegrad.numerics import arithmetic
+from pegrad.reductions.norms import Norms
 from pegrad.strategies.base import Leaves, Problem, Values, bad_rows
-from pegrad.strategies.book import Norms
 from pegrad.strategies.traced import Traced, values
 
 
@@ -28,8 +28,8 @@ class BookKeeping(Traced):
     def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
         """See `Strategy.weighted_sum`."""
         make = partial(Norms, choose=self.choose, floor=weighting.clip_norm, rows=problem.sum_rows, keep=True)
-        trace, book = self.run(problem, make)
+        trace, norms = self.run(problem, make)
         with arithmetic(problem.device):
-            squares = book.squared_norms()
+            squares = norms.squared_norms()
             weights = weighting.weights(squares, problem.mask)
-            return book.weighted_sum(weights, bad_rows(squares, weights), weighting), squares, values(trace)
+            return norms.weighted_sum(weights, bad_rows(squares, weights), weighting), squares, values(trace)

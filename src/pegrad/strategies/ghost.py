@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pegrad.clipping import Weighting
 from pegrad.numerics import arithmetic
+from pegrad.reductions.norms import Norms, Sums
 from pegrad.strategies.base import Leaves, Problem, Values, bad_rows
-from pegrad.strategies.book import Norms, Sums
 from pegrad.strategies.traced import Traced, values
 
 

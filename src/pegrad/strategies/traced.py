@@ -1,6 +1,6 @@
-"""What `ghost` and `book_keeping` share: a traced forward pass, run backward to a book."""
+"""What `ghost` and `book_keeping` share: a traced forward pass, run backward to a reduction."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, TypeVar
@@ -9,15 +9,17 @@ from torch import Tensor
 
 from pegrad.errors import ArgumentError
 from pegrad.numerics import full_precision, without_autocast
+from pegrad.plan.candidates import Candidate, Shaped, Timings, choose
+from pegrad.reductions.base import Reduction
+from pegrad.reductions.norms import Norms
+from pegrad.reductions.stack import StackedGradients
 from pegrad.rules import RULES
-from pegrad.rules.site import Rule, Site
+from pegrad.rules.site import Rule
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
-from pegrad.strategies.book import Book, Norms, Stacks
-from pegrad.strategies.choice import Candidate, Timings, choose
 from pegrad.tracing.batched import transformed
 from pegrad.tracing.trace import Tapped, Trace
 
-B = TypeVar("B", bound=Book)
+R = TypeVar("R", bound=Reduction)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Traced(Strategy):
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
         """See `Strategy.stacked`."""
         found: dict[int, Tensor] = {}
-        trace, _ = self.run(problem, partial(Stacks, visit=found.__setitem__))
+        trace, _ = self.run(problem, partial(StackedGradients, visit=found.__setitem__))
         batch = problem.batch_size
         grads = [
             found[i].to(leaf.dtype) if i in found else leaf.new_zeros(batch, *leaf.shape)
@@ -49,15 +51,15 @@ class Traced(Strategy):
 
     def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
         """See `Strategy.squared_norms`."""
-        trace, book = self.run(problem, partial(Norms, choose=self.choose_norm, keep=False))
-        return book.squared_norms(), values(trace)
+        trace, norms = self.run(problem, partial(Norms, choose=self.choose_norm, keep=False))
+        return norms.squared_norms(), values(trace)
 
-    def run(self, problem: Problem, make_book: Callable[[Trace], B], *, last: bool = True) -> tuple[Trace, B]:
-        """Trace the loss and run it backward to a book.
+    def run(self, problem: Problem, make: Callable[[Trace], R], *, last: bool = True) -> tuple[Trace, R]:
+        """Trace the loss and run it backward to a reduction.
 
         Args:
             problem: loss, parameters and batch.
-            make_book: makes the book from the trace, before the backward pass.
+            make: makes the reduction from the trace, before the backward pass.
             last: whether the graph may be freed.
         """
         if transformed():
@@ -71,39 +73,39 @@ class Traced(Strategy):
             if opaque := trace.opaque() - apart:
                 apart |= opaque
                 continue
-            book = make_book(trace)
-            leaked = self.run_back(problem, trace, book, last=last)
+            reduction = make(trace)
+            leaked = self.run_back(problem, trace, reduction, last=last)
             if not leaked:
-                return trace, book
+                return trace, reduction
             apart |= leaked  # the loss uses them in a way that the trace cannot see
 
     @staticmethod
-    def run_back(problem: Problem, trace: Trace, book: Book, *, last: bool = True) -> set[int]:
-        """Run a trace backward to a book; if that is not the whole of it, return the leaves that it misses."""
+    def run_back(problem: Problem, trace: Trace, reduction: Reduction, *, last: bool = True) -> set[int]:
+        """Run a trace backward to a reduction; if that is not the whole of it, return the leaves that it misses."""
 
         def receive(tapped: Tapped, x: Tensor, g: Tensor) -> None:
             with full_precision():
-                book.receive(tapped, x, g)
+                reduction.receive(tapped, x, g)
 
         with without_autocast(problem.device):
             copies, leaks = trace.backward(receive, last=last)
             leaked = {i for i, leaks_here in enumerate(leaks) if leaks_here}
             if not leaked:
                 with full_precision():
-                    book.receive_copies(copies)
+                    reduction.receive_copies(copies)
         return leaked
 
     def trace(self, problem: Problem, apart: Collection[int] = ()) -> Trace:
         """Run the loss forward; of the leaves in `apart` each example gets a copy."""
         return Trace(problem.loss, problem.params, problem.batch, {**RULES, **self.rules}, apart)
 
-    def choose(self, site: Site, tapped: Tapped) -> Candidate:
-        """Pick the way to a site's norms and weighted sum."""
-        return choose(site, tapped.x, tapped.y, self.timings, keep=self.keeps)
+    def choose(self, uses: Sequence[Shaped]) -> Candidate:
+        """Pick the way to the norms and the weighted sum of one parameter's gradients."""
+        return choose(uses, self.timings, keep=self.keeps)
 
-    def choose_norm(self, site: Site, tapped: Tapped) -> Candidate:
-        """Pick the way to a site's norms, where no sum is asked for."""
-        return choose(site, tapped.x, tapped.y, self.timings, keep=False)
+    def choose_norm(self, uses: Sequence[Shaped]) -> Candidate:
+        """Pick the way to the norms, where no sum is asked for."""
+        return choose(uses, self.timings, keep=False)
 
 
 def values(trace: Trace) -> Values:

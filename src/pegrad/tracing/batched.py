@@ -1,6 +1,7 @@
 """Reach through `vmap`: tell batched tensors from shared ones, and run a function on the physical batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ def is_batched(tensor: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(tensor)
 
 
+def is_tracked(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one of `torch.func.grad`'s or its like, running or over."""
+    return torch._C._functorch.is_gradtrackingtensor(tensor)
+
+
 def transformed() -> bool:
     """Tell whether a transform of torch.func is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -21,6 +27,50 @@ def transformed() -> bool:
 def level() -> int | None:
     """Return how deep in transforms of torch.func this runs; None outside of all."""
     return torch._C._functorch.maybe_current_level()
+
+
+def vmaps() -> list[tuple[int, str]]:
+    """Return the batch size of each `vmap` that is running, and what it says of randomness, the outermost first."""
+    functorch = torch._C._functorch
+    maps = [
+        functorch.CVmapInterpreterPtr(interpreter)
+        for interpreter in functorch.get_interpreter_stack() or ()
+        if interpreter.key() == functorch.TransformType.Vmap
+    ]
+    return [(mapped.batchSize(), mapped.randomness().name.lower()) for mapped in maps]
+
+
+def differentiated() -> bool:
+    """Tell whether a transform of torch.func other than `vmap` is running."""
+    functorch = torch._C._functorch
+    running = functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() != functorch.TransformType.Vmap for interpreter in running)
+
+
+@contextmanager
+def lowered(to: int | None) -> Iterator[None]:
+    """Inside the block, the transforms of torch.func above a level do not run; None: none runs."""
+    functorch = torch._C._functorch
+    popped = []
+    try:
+        while functorch.maybe_current_level() != to:
+            popped.append(functorch.pop_dynamic_layer_stack())
+        yield
+    finally:
+        while popped:
+            functorch.push_dynamic_layer_stack(popped.pop())
+
+
+@contextmanager
+def changing_requires_grad() -> Iterator[None]:
+    """Inside the block, a tensor may be made to require a gradient of the innermost `torch.func.grad`."""
+    functorch = torch._C._functorch
+    before = functorch.get_inplace_requires_grad_allowed()
+    functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        yield
+    finally:
+        functorch.set_inplace_requires_grad_allowed(before)
 
 
 def physical(tensor: Tensor) -> Tensor:

@@ -31,10 +31,10 @@ def eager(function: F) -> F:
             if not apart:
                 apart.append(torch.compiler.disable(compiled_eagerly, reason=_REASON))
             return apart[0](*args, **kwargs)
-        generators = _generators()
+        generators = generator_states()
         result = recorded(*args, **kwargs)
         if "torch._dynamo" in sys.modules:  # the loss itself may just have compiled something, and not been seen whole
-            _restore(generators)
+            set_generator_states(generators)
             return run(*args, **kwargs)
         return result
 
@@ -51,12 +51,13 @@ def eager(function: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def _generators() -> tuple[torch.Tensor, list[torch.Tensor]]:
+def generator_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the states of torch's generators, which a loss that runs twice must find as they were."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
-def _restore(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+def set_generator_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    """Put torch's generators back into states that `generator_states` returned."""
     cpu, cuda = states
     torch.set_rng_state(cpu)
     if cuda:

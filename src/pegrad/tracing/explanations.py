@@ -26,18 +26,18 @@ _EXPLANATIONS = (
     (
         "saved tensor hooks",
         "The loss saves tensors in its own way (torch.utils.checkpoint, saved_tensors_hooks), which no transform of "
-        "torch.func supports: leave that out, and bound the memory by microbatch_size",
+        "torch.func supports: leave that out, and save memory by pegrad.checkpoint or microbatch_size",
     ),
     (
         "escaped from inside a function being vmapped",
         "The loss runs again in the backward pass (torch.utils.checkpoint, saved_tensors_hooks), where the examples "
-        "are no longer apart: leave that out, and bound the memory by microbatch_size",
+        "are no longer apart: leave that out, and save memory by pegrad.checkpoint or microbatch_size",
     ),
     (
         "must override the setup_context",
         "The loss calls a torch.autograd.Function whose forward takes ctx (torch.utils.checkpoint with "
         "use_reentrant=True is one, and so are module backward hooks): split forward and setup_context, and set "
-        "generate_vmap_rule = True; for checkpointing, leave it out and bound the memory by microbatch_size",
+        "generate_vmap_rule = True; for checkpointing, call pegrad.checkpoint",
     ),
     (
         "does not have vmap support",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.errors import LeafError, LossError, PegradError
-from pegrad.tracing.batched import is_constant
+from pegrad.tracing.batched import changing_requires_grad, is_constant
 from pegrad.tracing.explanations import explanation
 from pegrad.tracing.interception import Interception
 from pegrad.tracing.strided import STRIDED
@@ -41,8 +41,12 @@ class FlatLoss:
             LossError: the loss returned anything but a real scalar, or coupled examples by batch normalisation.
             LeafError: a leaf of aux is neither a tensor nor a number.
         """
-        with Interception(_REPLACEMENTS) as interception:
-            result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
+        interception = Interception(_REPLACEMENTS)
+        try:
+            with interception:
+                result = self._loss(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
+        except TypeError as failure:  # of ours, which are TypeErrors, an operator makes "unsupported operand type(s)"
+            raise next((e for e in interception.raised if isinstance(e, PegradError)), failure)  # noqa: B904
         for error in interception.raised:
             if isinstance(error, PegradError) or explanation(error):
                 raise error  # the loss caught what the plain loop would not have raised, and took another path
@@ -122,6 +126,25 @@ def _whole_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tens
     return F.linear_cross_entropy(*args, **kwargs)
 
 
-_REPLACEMENTS: dict[Any, Any] = {F.batch_norm: _refuse_batch_norm, **STRIDED}
+def _not_aligned(*args: Any) -> bool:
+    """Keep `nn.TransformerEncoder` in evaluation from nested tensors, as it does itself where a gradient is wanted."""
+    return False
+
+
+def _require_grad(input: Tensor, requires_grad: bool = True) -> Tensor:
+    """Run `Tensor.requires_grad_`, which transforms refuse even where there is nothing to change."""
+    if requires_grad and input.requires_grad:
+        return input
+    with changing_requires_grad():
+        return input.requires_grad_(requires_grad)
+
+
+_REPLACEMENTS: dict[Any, Any] = {
+    F.batch_norm: _refuse_batch_norm,
+    Tensor.requires_grad_: _require_grad,
+    **STRIDED,
+}
+if hasattr(torch, "_nested_tensor_from_mask_left_aligned"):
+    _REPLACEMENTS[torch._nested_tensor_from_mask_left_aligned] = _not_aligned
 if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
     _REPLACEMENTS[F.linear_cross_entropy] = _whole_cross_entropy

@@ -8,16 +8,18 @@ a rule, each example gets a copy of it for that use; what autograd returns for t
 
 Every run is traced anew, so a loss may take another path each time. What could make the numbers wrong in silence is
 refused: a parameter, or what was made of one, changed in place after its use; a hook on a gradient, of which the rules
-know nothing; losses that no tap and no copy has any part in. Where the trace cannot follow (into a transform of
-torch.func inside the loss, or through a user's `autograd.Function` between a parameter and its use) it steps aside: the
-leaf then shows up in the backward pass, or is marked, and each example gets a copy of it in a second run.
+know nothing; losses that no tap and no copy has any part in. Functions of PyTorch's that are written in Python are seen
+through (`inlining`), and so is a `vmap` of the loss's own (`nested`). Where the trace cannot follow (into another
+transform of torch.func inside the loss, or through a user's `autograd.Function` between a parameter and its use) it
+steps aside: the leaf then shows up in the backward pass, or is marked, and each example gets a copy of it in a second
+run. A loss that calls `torch.autograd.grad` needs a graph that holds every parameter: each example gets a copy of all.
 """
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,13 +29,23 @@ from torch.overrides import TorchFunctionMode
 from pegrad import trees
 from pegrad.errors import LossError
 from pegrad.rules.site import Rule, Site
-from pegrad.tracing.batched import is_batched, level, on_physical_batch, physical
+from pegrad.tracing.batched import differentiated, is_batched, is_tracked, level, lowered, on_physical_batch, physical
+from pegrad.tracing.foreign import refuse_checkpoint
+from pegrad.tracing.inlining import inlined
+from pegrad.tracing.inner_grad import SET_REQUIRES_GRAD, Differentiates, inner_grad, require_grad
+from pegrad.tracing.journal import Journal, kept, once
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
+from pegrad.tracing.nested import WIDENED, on_all_images
 from pegrad.tracing.sound import SOUND
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+
+T = TypeVar("T")
+
+Loss = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
+"""`(parameter leaves, example leaves) -> (scalar, aux leaves)`"""
 
 Receive = Callable[["Tapped", Tensor, Tensor], None]
 """`(tapped, x, g)`: called in the backward pass with a tapped operation's input and the gradient at its output."""
@@ -74,11 +86,12 @@ class Trace(TorchFunctionMode):
         aux: the leaves of aux, each `(B, ...)`, detached.
         tapped: the operations that met parameters, in the order in which they ran.
         copies: the parameters of which each example has a copy.
+        journals: of the functions that are running and will run again in the backward pass.
     """
 
     def __init__(
         self,
-        loss: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]],
+        loss: Loss,
         params: Sequence[Tensor],
         batch: Sequence[Tensor],
         rules: Mapping[Callable, Rule],
@@ -88,6 +101,7 @@ class Trace(TorchFunctionMode):
         self.params = [leaf.detach().requires_grad_() for leaf in params]
         self.tapped: list[Tapped] = []
         self.copies: list[Copies] = []
+        self.journals: list[Journal] = []
         self._rules = rules
         self._leaves = {id(leaf): i for i, leaf in enumerate(self.params)}
         self._made: dict[Any, bool] = {}
@@ -95,9 +109,19 @@ class Trace(TorchFunctionMode):
         self._versions: list[tuple[Tensor, int, str]] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._line = _Line()
+        self._whole = len(apart) == len(self.params)
+        try:
+            self._run(loss, batch, apart)
+        except Differentiates:
+            self._whole = True
+            for noted in (self.tapped, self.copies, self._versions, self._copied, self.journals):
+                noted.clear()
+            self._run(loss, batch, range(len(self.params)))
+        self._check_versions()
 
+    def _run(self, loss: Loss, batch: Sequence[Tensor], apart: Collection[int]) -> None:
         def traced(example: list[Tensor], copies: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
-            self._level = level()
+            self._level, self._example = level() or 0, example[0]
             with self:
                 return loss([copies.get(i, leaf) for i, leaf in enumerate(self.params)], example)
 
@@ -105,7 +129,6 @@ class Trace(TorchFunctionMode):
             copies = {i: self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart}
             rows = [leaf.detach() for leaf in batch]
             self.losses, aux = vmap(traced, randomness="different")(rows, copies)
-        self._check_versions()
         self.aux = [leaf.detach() for leaf in aux]
 
     def backward(self, receive: Receive, *, last: bool = True) -> tuple[list[Tensor], list[bool]]:
@@ -139,7 +162,9 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         """Called by PyTorch in place of `func`."""
         kwargs = kwargs or {}
-        if level() != self._level:  # inside a transform of the loss's own
+        refuse_checkpoint()
+        nested = level() != self._level
+        if nested and differentiated():  # inside a transform of the loss's own, other than a `vmap`
             return func(*args, **kwargs)
         if func == _REQUIRES_GRAD and is_batched(args[0]):  # the wrapper says no; its rows know
             return physical(args[0]).requires_grad
@@ -148,6 +173,14 @@ class Trace(TorchFunctionMode):
         witness = next((t for t in tensors if is_batched(t)), None)
         if witness is not None:
             func = SOUND.get(func, func)
+        if func in SET_REQUIRES_GRAD and is_batched(args[0]):
+            return require_grad(*args, **kwargs)
+        if witness is not None and kwargs.get("requires_grad"):  # zeros_like(..., requires_grad=True) and its like
+            return require_grad(func(*args, **{**kwargs, "requires_grad": False}))
+        if func is torch.autograd.grad and (parameters or witness is not None) and not any(map(is_tracked, tensors)):
+            if not self._whole:
+                raise Differentiates
+            return inner_grad(*args, **kwargs)
         if func in _HOOKS and (parameters or witness is not None):
             raise LossError(
                 f"The loss calls {func.__name__}, which may change gradients on their way back: use strategy='vmap' or "
@@ -155,9 +188,16 @@ class Trace(TorchFunctionMode):
             )
         rule = self._rules.get(func)
         if rule is not None and witness is not None:
-            result = rule(self, *args, **kwargs)
+            result = self._nested(func, args, kwargs) if nested else rule(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
+        body = inlined(func) if witness is not None and (parameters or _takes_function(args, kwargs)) else None
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        if witness is None and parameters and self.journals:
+            with kept():
+                return func(*args, **kwargs)
         if not parameters or witness is None:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
@@ -172,6 +212,10 @@ class Trace(TorchFunctionMode):
             return copied.get(id(argument), argument)
 
         return func(*trees.map(replace, args), **trees.map(replace, kwargs))
+
+    def _nested(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        widened = WIDENED.get(func)
+        return NotImplemented if widened is None else on_all_images(widened, self, args, kwargs)
 
     def is_parameter(self, tensor: Any) -> bool:
         """See `Recorder.is_parameter`."""
@@ -221,11 +265,22 @@ class Trace(TorchFunctionMode):
 
     def expand(self, parameter: Tensor, witness: Tensor, operation: str = "") -> Tensor:
         """See `Recorder.expand`."""
-        if id(parameter) not in self._copied:  # `copies` keeps the parameter alive, so its id stays its own
-            self._copied[id(parameter)] = on_physical_batch(
-                lambda like: self._copy(parameter, like.shape[0], operation), witness
-            )
-        return self._copied[id(parameter)]
+
+        def copy() -> Tensor:
+            if id(parameter) not in self._copied:  # `copies` keeps the parameter alive, so its id stays its own
+                with lowered(self._level):
+                    self._copied[id(parameter)] = on_physical_batch(
+                        lambda like: self._copy(parameter, like.shape[0], operation), self._example
+                    )
+            return self._copied[id(parameter)]
+
+        return self._once([(parameter, operation)], copy)
+
+    def _once(self, uses: list[tuple[Tensor, str]], make: Callable[[], T]) -> T:
+        if not self.journals:
+            return make()
+        known = [(lineage(source, self._leaves).leaves, source.shape, operation) for source, operation in uses]
+        return once(self.journals, known, make)
 
     def _copy(self, parameter: Tensor, batch: int, operation: str) -> Tensor:
         self._note(parameter, operation)
@@ -238,11 +293,19 @@ class Trace(TorchFunctionMode):
             return y
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        for site in sites:
-            self._note(site.source, site.operation)
-        tapped = Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype)
-        self.tapped.append(tapped)
+
+        def note() -> Tapped:
+            for site in sites:
+                self._note(site.source, site.operation)
+            self.tapped.append(Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype))
+            return self.tapped[-1]
+
+        tapped = self._once([(site.source, site.operation) for site in sites], note)
         return _Tap.apply(y, self._anchor, x.detach(), self._line, tapped)
+
+
+def _takes_function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(callable(argument) and not isinstance(argument, Tensor) for argument in (*args, *kwargs.values()))
 
 
 def _writes(name: str) -> bool:

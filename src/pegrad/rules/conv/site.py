@@ -1,10 +1,11 @@
 """A convolution's weight: three answers from the kernels of this folder."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from pegrad.rules.conv import cost
@@ -74,6 +75,18 @@ class ConvWeight(Site):
     def weigh(self, x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `Site.weigh`."""
         return weigh_the_smaller(x, g, weights)
+
+    def kind(self, x: Shape, g: Shape) -> Hashable:
+        """See `Site.kind`."""
+        return self.geometry, self.transposed, x[1:], g[1:]
+
+    def joined(self, uses: Sequence[tuple[Tensor, Tensor]], batch: int) -> tuple[Site, Tensor, Tensor]:
+        """See `Site.joined`: all are images of one example."""
+        x, g = (
+            torch.cat([t.unflatten(0, (batch, -1)) for t in parts], 1).flatten(0, 1)
+            for parts in zip(*uses, strict=True)
+        )
+        return replace(self, images=x.shape[0] // batch), x, g
 
     def apply(self, x: Tensor, parameter: Tensor) -> Tensor | None:
         """See `Site.apply`."""

@@ -1,0 +1,172 @@
+"""The ways to the norms and the weighted sum of a parameter's uses, and the cheapest: by estimate or as measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pegrad.rules.costs import Work, nanoseconds
+from pegrad.rules.site import Kernel, Shape, Site
+
+Timings = Mapping[str, float]
+"""Measured times in nanoseconds, by `timing_key`."""
+
+
+class Shaped(NamedTuple):
+    """One use, or several of one kind taken for one, before there is anything but shapes."""
+
+    site: Site
+    x: Shape
+    g: Shape
+    dtype: torch.dtype
+    """Of the input."""
+    outer: bool = False
+    """Whether its gradients are known as sums of outer products."""
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of input and gradient."""
+        return prod(self.x) + prod(self.g)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to the norms and the weighted sum of one parameter's gradients.
+
+    Args:
+        names: names of the kernels that find the norms, one for each kind of use.
+        kernels: those kernels.
+        stacks: whether they stack gradients.
+        keeps: whether the sum is a contraction of those, kept; otherwise it is computed natively.
+        norm_time: nanoseconds for the norms.
+        sum_time: nanoseconds for the sum.
+        numbers: how many numbers are kept.
+    """
+
+    names: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+    stacks: bool
+    keeps: bool
+    norm_time: float
+    sum_time: float
+    numbers: int
+
+    def __repr__(self) -> str:
+        """Leave the kernels out: their names say it."""
+        return f"Candidate({self.name}: {self.norm_time:.0f} + {self.sum_time:.0f} ns, {self.numbers} numbers)"
+
+    @property
+    def time(self) -> float:
+        """Nanoseconds for both."""
+        return self.norm_time + self.sum_time
+
+    @property
+    def norm(self) -> str:
+        """The kernels that find the norms, as `explain` shows them."""
+        return ", ".join(dict.fromkeys(self.names))
+
+    @property
+    def name(self) -> str:
+        """Both kernels, as `explain` shows them."""
+        return f"{self.norm} + {'contract' if self.keeps else 'native'}"
+
+
+def candidates(uses: Sequence[Shaped], timings: Timings) -> list[Candidate]:
+    """List every way to the norms and the sum of one parameter's gradients, the cheapest first.
+
+    Args:
+        uses: the uses of the parameter, those of one kind taken for one.
+        timings: what has been measured; the rest is estimated.
+    """
+    device = uses[0].site.source.device.type
+    numel = uses[0].site.source.numel()
+
+    def time(use: Shaped, name: str, kernel: Kernel) -> float:
+        measured = timings.get(timing_key(use.site, use.x, use.g, name))
+        return nanoseconds(kernel.rates, kernel.work, device) if measured is None else measured
+
+    def of_all(names: Sequence[str], kernels: Sequence[Kernel]) -> float:
+        return sum(map(time, uses, names, kernels))
+
+    natives = [use.site.summing(use.x, use.g) if use.site.bounded else None for use in uses]
+    native_time = None
+    if all(natives):
+        native_time = of_all(["native"] * len(uses), natives)  # type: ignore[arg-type]
+    held = sum(use.numbers for use in uses)
+    found = []
+    for names in _each_or_cheapest([use.site.stacking(use.x, use.g) for use in uses], time, uses):
+        kernels = [use.site.stacking(use.x, use.g)[name] for use, name in zip(uses, names, strict=True)]
+        rows = [stacked_numbers(use.site, kernel, use.x) for use, kernel in zip(uses, kernels, strict=True)]
+        numbers = max(rows)
+        norm_time = of_all(names, kernels) + nanoseconds("reduce", Work(0, moved=numbers), device)
+        norm_time += nanoseconds("reduce", Work(0, moved=2 * sum(rows[1:]), calls=len(rows) - 1), device)
+        contract = nanoseconds("contract", Work(0, moved=numbers), device)
+        contract += nanoseconds("hold", Work(0, moved=max(0, numbers - held), calls=0), device)
+        found.append(Candidate(names, tuple(kernels), True, True, norm_time, contract, numbers))
+        if native_time is not None:
+            found.append(Candidate(names, tuple(kernels), True, False, norm_time, native_time, held))
+    between = [_between(a, b, numel, device) for a, b in combinations(uses, 2)]
+    if native_time is not None and all(use.outer for use in uses if between):
+        for names in _each_or_cheapest([use.site.norming(use.x, use.g) for use in uses], time, uses):
+            kernels = [use.site.norming(use.x, use.g)[name] for use, name in zip(uses, names, strict=True)]
+            norm_time = of_all(names, kernels) + sum(between)
+            found.append(Candidate(names, tuple(kernels), False, False, norm_time, native_time, held))
+    return sorted(found, key=lambda candidate: candidate.time)
+
+
+def choose(uses: Sequence[Shaped], timings: Timings, *, keep: bool) -> Candidate:
+    """Pick the cheapest way to the norms and the sum of one parameter's gradients.
+
+    Args:
+        uses: the uses of the parameter, those of one kind taken for one.
+        timings: what has been measured; the rest is estimated.
+        keep: whether something may be kept for the sum. If so, the cheapest way to both is picked, among those that
+            keep no more than a small multiple of input and output gradient; if not, the cheapest way to the norms.
+    """
+    options = candidates(uses, timings)
+    if not keep:
+        return min(options, key=lambda candidate: (candidate.norm_time, candidate.keeps))
+    room = 2.5 * sum(use.numbers for use in uses)
+    return next((c for c in options if c.numbers <= room), options[0])
+
+
+def stack_kernel(site: Site, x: Tensor, g: Tensor) -> Kernel:
+    """Pick the cheapest kernel that stacks a site's gradients, by estimate."""
+    shapes = tuple(x.shape), tuple(g.shape)
+    return site.stacking(*shapes)[stack_name(site, *shapes, x.device.type)]
+
+
+def stack_name(site: Site, x: Shape, g: Shape, device: str) -> str:
+    """Name the kernel that `stack_kernel` picks."""
+    kernels = site.stacking(x, g)
+    return min(kernels, key=lambda name: nanoseconds(kernels[name].rates, kernels[name].work, device))
+
+
+def stacked_numbers(site: Site, kernel: Kernel, x: Shape) -> int:
+    """Count the numbers of a site's stacked gradients, for a batch of as many rows as `x` has."""
+    return int(kernel.work.written) or x[0] * site.source.numel()
+
+
+def timing_key(site: Site, x: Shape, g: Shape, kernel: str) -> str:
+    """Name a kernel at a site of these shapes, for `Timings`."""
+    return f"{site.describe()} {x} {g} {kernel}"
+
+
+def _each_or_cheapest(offers: Sequence[Mapping[str, Kernel]], time, uses: Sequence[Shaped]) -> list[tuple[str, ...]]:  # type: ignore[no-untyped-def]
+    """Name the kernels to consider: for one use every one, for several the cheapest of each."""
+    if len(offers) == 1:
+        return [(name,) for name in offers[0]]
+    if not all(offers):
+        return []
+    return [tuple(min(o, key=lambda name: time(use, name, o[name])) for o, use in zip(offers, uses, strict=True))]
+
+
+def _between(a: Shaped, b: Shaped, numel: int, device: str) -> float:
+    """Estimate the time for the inner products of two kinds' gradients."""
+    examples = a.x[0]
+    pairs = examples * a.site.positions(a.x, a.g) * b.site.positions(b.x, b.g)
+    return nanoseconds("gram", Work(pairs * numel**0.5, moved=4 * pairs), device)

@@ -1,0 +1,1 @@
+"""What a backward pass over a trace is turned into: stacked gradients, norms and weighted sums, inner products."""

@@ -1,0 +1,27 @@
+"""See when the loss calls `torch.utils.checkpoint`, before it has gone wrong."""
+
+from typing import Any
+
+import torch
+
+from pegrad.errors import StrategyError
+
+_TOP: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+
+
+def refuse_checkpoint() -> None:
+    """Raise if what runs is wrapped in `torch.utils.checkpoint`.
+
+    It runs again in the backward pass, when no tensor knows its example any more, and a module has its own weights back
+    in place of those that `functional_call` gave it: the gradients might be wrong in silence.
+
+    Raises:
+        StrategyError: it is.
+    """
+    hooks = _TOP(True)
+    if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
+        raise StrategyError(
+            "The loss calls torch.utils.checkpoint, which runs it again when functional_call has given the module its "
+            "own weights back: call pegrad.checkpoint in its place (for a model of Hugging Face's, "
+            "model._set_gradient_checkpointing(gradient_checkpointing_func=pegrad.checkpoint))"
+        )
