@@ -371,3 +371,30 @@ def test_dropout(name):
 def test_dropout_without_a_mask(name):
     """Catches: the same, of models that take another path then."""
     assert_exact_with_dropout(name, without_mask)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "qwen3"])
+def test_activation_checkpointing(name):
+    """Catches: layers run again with the model's own weights, or with other random numbers; or not run again."""
+    model, batch = make(name, train=True)
+    batch = without_mask(batch)
+    grads = loop(model, batch)
+    model.activation_checkpointing_enable()
+    function, params = clipped_grad(model, 1e9, "auto")
+    with pytest.raises(pegrad.StrategyError, match=r"pegrad\.checkpoint"):
+        function(params, batch)
+    runs = []
+
+    def checkpoint(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            runs.append(layer)
+            return layer(*args, **kwargs)
+
+        return pegrad.checkpoint(run, *args, **kwargs)
+
+    model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+    for b in range(B):
+        torch.manual_seed(b)
+        out = function(params, {name: leaf[b : b + 1] for name, leaf in batch.items()})
+        assert_close(out.grads, [grad[b] for grad in grads])
+    assert len(runs) >= 2 * 2 * B  # two layers, forward and back
