@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from pegrad.strategies.native import Magnitudes
 
 import oracle
 import pegrad
+from pegrad.reductions.native import Magnitudes
 from pegrad.rules import gram
 from pegrad.rules.blocks import BlockWeights
 from test_rules import Largest

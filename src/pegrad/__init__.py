@@ -1,6 +1,6 @@
 """Per-example gradients and differentially private SGD for pure PyTorch functions."""
 
-from pegrad import accounting, auditing, optim, random, sampling
+from pegrad import accounting, auditing, modules, optim, random, sampling
 from pegrad.check import check
 from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.checkpointing import checkpoint
@@ -18,6 +18,7 @@ from pegrad.errors import (
     StrategyError,
 )
 from pegrad.explain import Explanation, autotune, explain
+from pegrad.modules import from_module, to_module
 from pegrad.per_example import (
     Clipped,
     ClippedGrad,
@@ -79,9 +80,11 @@ __all__ = [
     "clipped_grad",
     "dp_sgd",
     "explain",
+    "from_module",
     "gradient_gram",
     "gradient_moments",
     "gradient_noise_scale",
+    "modules",
     "operation",
     "optim",
     "per_example_dot",
@@ -90,4 +93,5 @@ __all__ = [
     "per_example_value_and_grad",
     "random",
     "sampling",
+    "to_module",
 ]

@@ -3,9 +3,14 @@
 `torch.func` knows only torch's own pytree, which keeps dict insertion order and takes `None` for a leaf;
 optree sorts dict keys and takes `None` for a node. So pegrad flattens with optree at its edge, hands plain
 lists of tensors to `torch.func`, and unflattens at the end.
+
+A mapping of any type is a node, like a dict: what a tokenizer returns (`BatchEncoding`), what a Hugging Face model
+returns (`ModelOutput`), `UserDict`, a dict's subclass. Its type is registered when it is first met.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
+from threading import Lock
 from typing import Any
 
 import optree
@@ -21,10 +26,12 @@ PyTree = Any
 def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
     """Split a pytree into its leaves and the structure that `unflatten` puts them back into."""
     leaves, spec = optree.tree_flatten(tree, namespace=NAMESPACE)
+    while _register_mappings(leaves):  # the new nodes may hold others
+        leaves, spec = optree.tree_flatten(tree, namespace=NAMESPACE)
     return leaves, spec
 
 
-def unflatten(spec: optree.PyTreeSpec, leaves: list[Any]) -> PyTree:
+def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any]) -> PyTree:
     """Put leaves back into the structure that `flatten` returned."""
     return optree.tree_unflatten(spec, leaves)
 
@@ -36,12 +43,14 @@ def leaves(tree: PyTree) -> list[Any]:
 
 def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Apply a function leaf by leaf to pytrees of one structure."""
-    return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
+    leaves, spec = flatten(tree)
+    columns = [leaves, *(spec.flatten_up_to(other) for other in rest)]
+    return unflatten(spec, [fn(*column) for column in zip(*columns, strict=True)])
 
 
 def paths(tree: PyTree) -> list[str]:
     """Return one readable path for each leaf, such as `['conv']['weight']`, in flattening order."""
-    return [accessor.codify("") for accessor in optree.tree_accessors(tree, namespace=NAMESPACE)]
+    return [accessor.codify("") for accessor in flatten(tree)[1].accessors()]
 
 
 def path(tree: PyTree, leaf: int) -> str:
@@ -117,3 +126,34 @@ def _check_tensor(what: str, tree: PyTree, i: int, leaf: Any) -> None:
             f"{what}{path(tree, i)} is of type {type(leaf).__name__}: expected a torch.Tensor. "
             "Convert it (torch.as_tensor) or take it out of the pytree"
         )
+
+
+def _register_mappings(leaves: list[Any]) -> bool:
+    """Make nodes of the mappings that optree took for leaves; tell whether there were any."""
+    found = [kind for kind in {type(leaf) for leaf in leaves} - _NO_MAPPINGS if issubclass(kind, Mapping)]
+    for kind in found:
+        with _LOCK:
+            if kind not in _REGISTERED:
+                _register(kind)
+                _REGISTERED.add(kind)
+    return bool(found)
+
+
+_NO_MAPPINGS = {Tensor, nn.Parameter, bool, int, float, str}  # most leaves are one of these
+_REGISTERED: set[type] = set()
+_LOCK = Lock()
+
+
+def _register(kind: type) -> None:
+    def split(mapping: Any) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
+        keys = tuple(optree.utils.total_order_sorted(mapping))  # as optree sorts the keys of a dict
+        return [mapping[key] for key in keys], keys, keys
+
+    def join(keys: Any, children: Iterable[Any]) -> Any:
+        items = dict(zip(keys, children, strict=True))
+        try:
+            return kind(**items) if is_dataclass(kind) else kind(items)
+        except Exception:  # a type that wants more than its items: the loss then sees a dict
+            return items
+
+    optree.register_pytree_node(kind, split, join, path_entry_type=optree.MappingEntry, namespace=NAMESPACE)
