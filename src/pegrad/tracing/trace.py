@@ -29,7 +29,7 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from pegrad import trees
-from pegrad.errors import PegradError, StrategyError
+from pegrad.errors import LossError, PegradError, StrategyError
 from pegrad.rules.recurrent import BY_STEPS
 from pegrad.rules.site import Rule, Shape, Site
 from pegrad.tracing.batched import differentiated, is_batched, is_tracked, level, lowered, on_physical_batch, physical
@@ -254,6 +254,12 @@ class Trace(TorchFunctionMode):
         if not isinstance(target, Tensor) or is_batched(target):
             return
         made = self.is_parameter(target)
+        memory = target.untyped_storage().data_ptr()
+        if any(memory == leaf.untyped_storage().data_ptr() for leaf in self.params):
+            raise LossError(
+                f"The loss changes a leaf of params in place ({name}), so it is not a pure function: make a new tensor "
+                "(a = a * b in place of a.mul_(b))"
+            )
         if nested and not made:  # PyTorch tells by itself
             return
         if not nested and target in self._here and all(target is not source for source, _, _ in self._versions):
@@ -266,7 +272,7 @@ class Trace(TorchFunctionMode):
         raise StrategyError(
             f"The loss writes in place to a {'tensor made of params alone' if made else 'shared tensor'} what differs "
             f"from example to example ({name}): build a new tensor instead (torch.stack, torch.where, a + b), or use "
-            "strategy='naive'"
+            "strategy='naive'. Unless the loss has made that tensor, it is not a pure function"
         )
 
     def _nested(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
