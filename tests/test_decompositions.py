@@ -323,6 +323,28 @@ def test_mixed_precision_keeps_float32_sums_of_blocks():
         assert torch.equal(out.grads, torch.full((2, 4, 3), 300.0))
 
 
+HALF = {
+    "bmm": lambda p, x: torch.bmm(x[None].expand(3, 2, 4), p),
+    "einsum": lambda p, x: torch.einsum("ti,eij->tej", x, p),
+    "bilinear": lambda p, x: F.bilinear(x, x, p[:, :, :4]),
+    "frozen batch norm": lambda p, x: F.batch_norm(x, p.new_ones(4), 2 * p.new_ones(4), 0.3 * p[0, :, 0], p[0, :, 1]),
+    "bags": lambda p, x: F.embedding_bag((x > 0).long(), p[0], padding_idx=3),
+}
+
+
+@pytest.mark.parametrize("strategy", TRACED)
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, name, strategy):
+    """Catches: what is widened meeting what is not."""
+    loss = lambda p, x: varied(HALF[name](p, x).float())  # noqa: E731
+    params, batch = r(3, 4, 5).to(dtype), r(B, 2, 4).to(dtype)
+    expected = oracle.per_example_grads(loss, params, batch)
+    out = pegrad.clipped_grad(loss, clip_norm=1e9, strategy=strategy)(params, batch)
+    oracle.assert_close(out.norms.double(), [oracle.norms(expected)], relative=0.05)
+    oracle.assert_close(out.grads.double(), [grad.sum(0) for grad in expected], relative=0.05)
+
+
 @pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}])
 @pytest.mark.parametrize("strategy", TRACED)
 def test_bags_whose_gradient_depends_on_more_are_refused_or_right(options, strategy):
