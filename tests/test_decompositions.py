@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
 
 import oracle
 import pegrad
@@ -311,6 +313,30 @@ def test_written_out_scales_and_shifts_hold_no_more_than_activations(form, strat
     with Largest() as largest:
         pegrad.clipped_grad(lambda p, x: form(x, p).sin().sum(), clip_norm=1.0, strategy=strategy)(params, batch)
     assert largest.numbers <= batch.numel()
+
+
+MODULES = {
+    "EmbeddingBag": (nn.EmbeddingBag(5, 3, padding_idx=1), lambda: (tokens(2, 4),)),
+    "EmbeddingBag, max": (nn.EmbeddingBag(5, 3, mode="max"), lambda: (tokens(2, 4),)),
+    "Bilinear": (nn.Bilinear(4, 3, 6), lambda: (r(B, 2, 4), r(B, 2, 3))),
+    "BatchNorm2d": (nn.BatchNorm2d(3).eval(), lambda: (r(B, 2, 3, 4, 4),)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name):
+    """Catches: a module whose parameters are copied for each example."""
+    module, make = MODULES[name]
+    module, batch = module.double(), make()
+    params = {key: p.detach() for key, p in module.named_parameters()}
+    loss = lambda p, x: varied(functional_call(module, p, x))  # noqa: E731
+    expected = oracle.per_example_grads(loss, params, batch)
+    for strategy in TRACED:
+        out = pegrad.clipped_grad(loss, clip_norm=1.0, strategy=strategy)(params, batch)
+        oracle.assert_close(out.norms, [oracle.norms(expected)])
+        oracle.assert_close(out.grads, oracle.clipped_sum(expected, 1.0))
+    copied = [use for use in pegrad.explain(loss, params, batch).uses if use.norm == "copies"]
+    assert all("bias" in use.leaves for use in copied)
 
 
 def test_mixed_precision_keeps_float32_sums_of_blocks():

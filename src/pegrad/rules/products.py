@@ -61,6 +61,8 @@ def matmul(trace: Recorder, input: Tensor, other: Tensor) -> Any:
         return NotImplemented
     if trace.is_parameter(other):
         x, weight = input, other.mT if other.dim() > 1 else other
+    elif not trace.is_parameter(input):
+        return NotImplemented
     else:
         x, weight = other.mT if other.dim() > 1 else other, input
     if weight.dim() == 0 or x.dim() == 0:
@@ -122,7 +124,7 @@ def addmm(
 def einsum(trace: Recorder, equation: str, *operands: Any) -> Any:
     """Rule of `torch.einsum` with two operands."""
     tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
-    read = _indices(equation, tensors)
+    read = _indices(equation, tensors) if any(trace.is_parameter(t) for t in tensors) else None
     if read is None:
         return NotImplemented
     (first, second), out = read
@@ -152,7 +154,7 @@ def _indices(equation: str, tensors: Sequence[Tensor]) -> tuple[list[str], str] 
 
 def tensordot(trace: Recorder, a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> Any:
     """Rule of `torch.tensordot`."""
-    if out is not None or isinstance(dims, Tensor):
+    if out is not None or isinstance(dims, Tensor) or not any(trace.is_parameter(t) for t in (a, b)):
         return NotImplemented
     if isinstance(dims, int):
         dims = range(a.dim() - dims, a.dim()), range(dims)
