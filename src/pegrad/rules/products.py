@@ -39,6 +39,8 @@ def contract(trace: Recorder, name: str, x: Tensor, xs: str, w: Tensor, ws: str,
     shared = [i for i in ws if i in xs and i not in out]
     own = [i for i in ws if i not in xs and i in out]
     positions = [i for i in xs if i not in ws and i in out]
+    if apart and not shared and not own:  # a scale: maps of one number each, for which a copy is cheaper
+        return NotImplemented
     rows = torch.einsum(f"{xs}->{''.join(apart + positions + shared)}", x)
     matrix = torch.einsum(f"{ws}->{''.join(apart + own + shared)}", w)
     side, kept = rows.shape[: len(apart)], rows.shape[len(apart) : len(apart) + len(positions)]
