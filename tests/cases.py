@@ -193,6 +193,15 @@ def module(params, example):
     return F.cross_entropy(functional_call(NET, params, (image[None],))[0], label)
 
 
+LSTM, GRU = nn.LSTM(3, 4, 2, bidirectional=True).double(), nn.GRU(8, 2).double()
+
+
+@case(lambda: ({"lstm": dict(LSTM.named_parameters()), "gru": dict(GRU.named_parameters())}, r(B, 5, 3)))
+def recurrent_modules(params, x):
+    output, (_, cells) = functional_call(LSTM, params["lstm"], (x,))
+    return functional_call(GRU, params["gru"], (output,))[1].square().sum() + cells.sin().sum()
+
+
 @case(lambda: ({"w": r(3, 4), "u": r(4, 4), "b": r(4)}, r(B, 5, 3)))
 def recurrence(params, x):
     h = x.new_zeros(4)

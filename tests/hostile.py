@@ -72,6 +72,12 @@ def convolution(params: Tensor, example: tuple[Tensor, Tensor]) -> Tensor:
     return (F.conv2d(image, params, padding=1) * g).sum()
 
 
+def blocks(params: Tensor, example: tuple[Tensor, Tensor]) -> Tensor:
+    """Positions `(E, T, D)` of E maps side by side, and upstream gradients `(E, T, p)`."""
+    x, g = example
+    return (torch.bmm(x, params) * g).sum()
+
+
 def embedding(params: Tensor, example: tuple[Tensor, Tensor]) -> Tensor:
     tokens, g = example
     return (F.embedding(tokens, params) * g).sum()
@@ -135,6 +141,39 @@ def constant_images_in_a_wide_layer():
     g[:, ::2] *= -1
     batch = torch.ones(32, 64, 8, 8), torch.ones(32, 64, 8, 8)
     return Attack(convolution, torch.zeros(64, 64, 3, 3), batch, (torch.ones(64, 8, 8), g))
+
+
+@attack
+def images_of_one_example_that_cancel():
+    torch.manual_seed(1)
+    g = torch.tensor([1e7, -1e7]).reshape(2, 1, 1, 1).expand(2, 8, 8, 8)
+    batch = torch.rand(64, 2, 4, 8, 8), torch.rand(64, 2, 8, 8, 8)
+    return Attack(convolution, torch.zeros(8, 4, 3, 3), batch, (torch.ones(2, 4, 8, 8), g))
+
+
+@attack
+def images_of_one_example_that_nearly_cancel_in_a_wide_layer():
+    torch.manual_seed(1)
+    image, g = torch.rand(256, 3, 3), 1e3 * torch.rand(256, 3, 3)
+    row = torch.stack([image, image + 1e-4 * torch.rand(256, 3, 3)]), torch.stack([g, -g])
+    return Attack(convolution, torch.zeros(256, 256, 3, 3), (ordinary(4, 2, 256, 3, 3), ordinary(4, 2, 256, 3, 3)), row)
+
+
+@attack
+def a_block_whose_positions_cancel():
+    torch.manual_seed(1)
+    g = torch.rand(3, 2, 4)
+    g[1] = torch.tensor([[1e7], [-1e7]])
+    batch = torch.rand(100, 3, 2, 4), torch.rand(100, 3, 2, 4)
+    return Attack(blocks, torch.zeros(3, 4, 4), batch, (torch.ones(3, 2, 4), g))
+
+
+@attack
+def a_common_component_in_blocks():
+    torch.manual_seed(1)
+    x, g = torch.randn(2, 8, 512) + 1e4 * torch.randn(2, 1, 512), torch.randn(2, 8, 512)
+    batch = ordinary(4, 2, 8, 512), ordinary(4, 2, 8, 512)
+    return Attack(blocks, torch.zeros(2, 512, 512), batch, (x, g - g.mean(1, keepdim=True)))
 
 
 def common_component(size: float, positions: int, width: int, seed: int = 1) -> Attack:

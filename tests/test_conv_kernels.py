@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 import oracle
 import pegrad
-from pegrad.rules.conv.cost import stacking
+from pegrad.rules import gram
+from pegrad.rules.conv import norms
+from pegrad.rules.conv.cost import gramming, stacking
 from pegrad.rules.conv.geometry import Geometry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -30,7 +32,7 @@ def convolutions(draw, max_ndim: int = 3):
     batch = draw(st.integers(1, 3))
     bias = draw(st.booleans())
     transposed = draw(st.booleans())
-    unbatched = draw(st.booleans())
+    images = draw(st.sampled_from([0, 1, 1, 2, 3]))  # 0: no axis for them
     torch.manual_seed(draw(st.integers(0, 2**16)))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     if transposed:
@@ -57,12 +59,12 @@ def convolutions(draw, max_ndim: int = 3):
     params = {"w": weight}
     if bias:
         params["b"] = torch.randn(groups * per_group, dtype=torch.float64)
-    batch_x = torch.randn(batch, groups * depth, *size, dtype=torch.float64)
+    batch_x = torch.randn(batch, *[images] * (images > 0), groups * depth, *size, dtype=torch.float64)
 
     def loss(params, x):
         if mode != "zeros" and isinstance(padding, tuple):
-            x = F.pad(x[None], [p for n in reversed(padding) for p in (n, n)], mode=MODE[mode])[0]
-        x = x if unbatched else x[None]
+            widths = [p for n in reversed(padding) for p in (n, n)]
+            x = F.pad(x, widths, mode=MODE[mode]) if images else F.pad(x[None], widths, mode=MODE[mode])[0]
         return function(x, params["w"], params.get("b"), **arguments).sin().sum()
 
     return loss, params, batch_x
@@ -74,7 +76,7 @@ def convolutions(draw, max_ndim: int = 3):
 def test_every_kernel_on_every_geometry(kernel, problem):
     """Catches: stride and dilation exchanged, groups cut along the wrong axis, a tail of the input read or dropped."""
     loss, params, batch = problem
-    if kernel == "grouped" and batch.dim() == 5:
+    if kernel == "grouped" and params["w"].dim() == 5:
         kernel = "unfold"  # test_grouped_kernel_says_that_there_is_no_conv4d
     grads = pegrad.per_example_grad(loss, strategy=pegrad.GroupedConv(kernel))(params, batch)
     oracle.assert_close(grads, oracle.per_example_grads(loss, params, batch))
@@ -91,6 +93,52 @@ def test_every_strategy_on_every_geometry(strategy, problem):
     out = pegrad.clipped_grad(loss, clip_norm=clip_norm, strategy=strategy)(params, batch)
     oracle.assert_close(out.norms, [oracle.norms(expected)])
     oracle.assert_close(out.grads, oracle.clipped_sum(expected, clip_norm))
+
+
+@st.composite
+def several_images(draw):
+    """Draw a convolution, and input and output gradient of two examples of several images each."""
+    nd = draw(st.integers(1, 3))
+    axis = st.tuples(*[st.integers(1, 3)] * nd)
+    kernel, stride, dilation = draw(axis), draw(axis), draw(axis)
+    padding = draw(st.tuples(*[st.integers(0, 2)] * nd))
+    geometry = Geometry(kernel, stride, padding, dilation, draw(st.integers(1, 2)))
+    size = [d * (k - 1) + 1 + draw(st.integers(0, 3)) for k, d in zip(kernel, dilation, strict=True)]
+    images = draw(st.integers(1, 4))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    x = torch.randn(2 * images, 2 * geometry.groups, *size, dtype=torch.float64)
+    g = torch.randn(2 * images, 3 * geometry.groups, *geometry.output_size(size), dtype=torch.float64)
+    return geometry, images, x, g
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(several_images(), st.sampled_from([1, 300, 1 << 21]))
+def test_every_kernel_and_every_norm_over_several_images(problem, block):
+    """Catches: images of one example that do not interfere, that go to other examples, or are cut from their own."""
+    geometry, images, x, g = problem
+    apart = zip(x.split(images), g.split(images), strict=True)
+    exact = torch.stack([geometry.weight_gradient(*example) for example in apart])
+    for name, kernel in pegrad.KERNELS.items():
+        if name != "grouped" or geometry.ndim < 3:
+            oracle.assert_close([kernel(x, g, geometry, images)], [exact])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norms, "BLOCK", block)
+        patch.setattr(gram, "BLOCK", block)
+        found = [tuple(kernel(x, g, geometry, images)) for kernel in (norms.gram_box, norms.gram_unfolded)]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+    oracle.assert_close([found[0][0]], [exact.flatten(1).square().sum(1)])
+
+
+def test_the_work_over_several_images_is_counted():
+    """Catches: a cost model that takes the images of one example for examples."""
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    one, four = ((n * 8, 16, 8, 8) for n in (1, 4))
+    for name, work in gramming(four, four, geometry, 4).items():
+        ratio = work.multiply_adds / gramming(one, one, geometry)[name].multiply_adds
+        assert ratio == {"gram_unfolded": 16, "gram_box": 10}[name]  # 4² pairs of images, or 4 · 5 / 2
+    for name, work in stacking(four, four, geometry, 4).items():
+        assert work.written == stacking(one, one, geometry)[name].written
+        assert work.multiply_adds == 4 * stacking(one, one, geometry)[name].multiply_adds
 
 
 def test_grouped_kernel_says_that_there_is_no_conv4d():

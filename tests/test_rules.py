@@ -179,9 +179,10 @@ def test_bounds_are_reached():
     def loss(params, example):
         image, tokens, x = example
         y = F.conv2d(image, params["conv"]).sum() + F.embedding(tokens, params["table"]).sum()
-        return y + F.linear(x, params["weight"]).sum()
+        y = y + F.conv_transpose2d(image.expand(4, -1, -1, -1), params["back"])[:, :, 2:-2, 2:-2].sum()
+        return y + F.linear(x, params["weight"]).sum() + torch.bmm(x[None], params["block"]).sum()
 
-    params = {"conv": r(2, 1, 3, 3), "table": r(4, 3), "weight": r(2, 3)}
+    params = {"conv": r(2, 1, 3, 3), "back": r(1, 2, 3, 3), "table": r(4, 3), "weight": r(2, 3), "block": r(1, 3, 2)}
     batch = torch.ones(2, 1, 40, 40).double(), torch.ones(2, 9).long(), torch.ones(2, 5, 3).double()
     ratios = {}
 
@@ -193,7 +194,7 @@ def test_bounds_are_reached():
             )
 
     pegrad.BookKeeping().trace(Call.of(loss, params, batch, None).problem).backward(receive)
-    assert ratios.keys() == {"conv2d", "embedding", "linear"}
+    assert ratios.keys() == {"conv2d", "conv_transpose2d", "embedding", "linear", "matmul"}
     assert all(0.9 < ratio <= 1 for ratio in ratios.values())
 
 

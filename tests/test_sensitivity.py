@@ -108,9 +108,10 @@ def test_autocast_around_the_call_is_for_the_loss_alone(dtype, strategy):
     torch.manual_seed(0)
 
     def loss(params, x):
-        return F.linear(F.linear(x, params["a"]).tanh(), params["b"]).sum() + (params["c"] * x).sum()
+        y = torch.bmm(x.reshape(2, 1, 4), params["d"]).tanh().sum() + (params["c"] * x).sum()
+        return F.linear(F.linear(x, params["a"]).tanh(), params["b"]).sum() + y
 
-    params = {"a": torch.randn(6, 8), "b": torch.randn(3, 6), "c": torch.randn(8)}
+    params = {"a": torch.randn(6, 8), "b": torch.randn(3, 6), "c": torch.randn(8), "d": torch.randn(2, 4, 3)}
     attack = Attack(loss, params, torch.randn(40, 8), 5 * torch.randn(8), clip_norm=0.3)
     with torch.autocast("cpu", dtype=dtype):
         assert movement(attack, strategy) <= LIMIT
@@ -170,6 +171,18 @@ def test_examples_that_all_push_one_and_the_same_parameter(positions, rows, stra
             torch.zeros(1, 1, 1, 1),
             (1 + torch.rand(rows, 1, side, high), 1 + torch.rand(rows, 1, side, high)),
             (1 + torch.rand(1, side, high), 1 + torch.rand(1, side, high)),
+        ),
+        Attack(
+            hostile.blocks,
+            torch.zeros(2, 1, 1),
+            (1 + torch.rand(rows, 2, positions, 1), 1 + torch.rand(rows, 2, positions, 1)),
+            (1 + torch.rand(2, positions, 1), 1 + torch.rand(2, positions, 1)),
+        ),
+        Attack(
+            lambda p, e: (F.conv2d(e[0], p) * e[1]).sum(),
+            torch.zeros(1, 1, 1, 1),
+            (1 + torch.rand(rows, 3, 1, side, high), 1 + torch.rand(rows, 3, 1, side, high)),
+            (1 + torch.rand(3, 1, side, high), 1 + torch.rand(3, 1, side, high)),
         ),
     ]
     for attack in attacks:

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
-from pegrad.rules import conv, embedding, linear, native, normalisation
+from pegrad.rules import conv, decompositions, embedding, linear, native, normalisation, products, recurrent
 from pegrad.rules.site import Rule
 
-RULES: dict[Callable, Rule] = conv.RULES | linear.RULES | embedding.RULES | normalisation.RULES | native.RULES
+RULES: dict[Callable, Rule] = {
+    **conv.RULES, **linear.RULES, **products.RULES, **embedding.RULES, **normalisation.RULES, **recurrent.RULES,
+    **decompositions.RULES, **native.RULES,
+}  # fmt: skip
 """For each function of PyTorch's that has one, its rule."""

@@ -30,16 +30,19 @@ class Squares(NamedTuple):
         return Squares(*(part.reshape(-1, groups).sum(1) for part in self))
 
 
-def few_at_a_time(norms: Callable[[Tensor, Tensor], Squares], x: Tensor, g: Tensor, numbers: int) -> Squares:
+def few_at_a_time(
+    norms: Callable[[Tensor, Tensor], Squares], x: Tensor, g: Tensor, numbers: int, several: int = 1
+) -> Squares:
     """Find norms for as many examples at a time as fit into `BLOCK`, or for one at the least.
 
     Args:
         norms: `(x, g) -> Squares` for any B.
-        x: `(B, ...)`.
-        g: `(B, ...)`.
+        x: `(B * several, ...)`.
+        g: `(B * several, ...)`.
         numbers: how many numbers `norms` holds for one example.
+        several: rows of `x` and `g` that are of one example.
     """
-    step = max(1, BLOCK // numbers)
+    step = max(1, BLOCK // numbers) * several
     if step >= x.shape[0]:
         return norms(x, g)
     parts = [norms(*part) for part in zip(x.split(step), g.split(step), strict=True)]

@@ -1,4 +1,4 @@
-"""Linear maps and matrix products with a parameter: all of them put in terms of `y = x Wᵀ`."""
+"""The linear map `y = x Wᵀ`, in terms of which other products with a parameter are put."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -103,66 +103,4 @@ def linear(trace: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None =
     return y if bias is None or fused is not None else y + bias
 
 
-def matmul(trace: Recorder, input: Tensor, other: Tensor) -> Any:
-    """Rule of `torch.matmul`, `mm`, `mv` and `@`: a parameter of one or two axes, on either side."""
-    if trace.is_parameter(other):
-        x, weight = input, other.mT if other.dim() == 2 else other
-    else:
-        x, weight = other.mT if other.dim() > 1 else other, input
-    if weight.dim() > 2 or x.dim() == 0:
-        return NotImplemented
-    y = linear(trace, x, weight if weight.dim() == 2 else weight[None])
-    if y is NotImplemented:
-        return y
-    if weight.dim() == 1:
-        return y.squeeze(-1)
-    return y.mT if x is not input and x.dim() > 1 else y
-
-
-def addmm(trace: Recorder, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """Rule of `torch.addmm`."""
-    y = matmul(trace, mat1, mat2)
-    if y is NotImplemented:
-        return y
-    return beta * (trace.expand(input, y) if trace.is_parameter(input) else input) + alpha * y
-
-
-def einsum(trace: Recorder, equation: str, *operands: Any) -> Any:
-    """Rule of `torch.einsum` with two operands, one a parameter that has no index of its own kept per position."""
-    tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
-    equation = equation.replace(" ", "")
-    if "->" not in equation or "." in equation or len(tensors) != 2:
-        return NotImplemented
-    inputs, out = equation.split("->")
-    labels = inputs.split(",")
-    at = 1 if trace.is_parameter(tensors[1]) else 0
-    (x, xs), (w, ws) = (tensors[1 - at], labels[1 - at]), (tensors[at], labels[at])
-    shared = [i for i in ws if i in xs]
-    own = [i for i in ws if i not in xs]
-    positions = [i for i in xs if i not in ws]
-    repeated = any(len(set(group)) != len(group) for group in (xs, ws, out))
-    if repeated or any(i in out for i in shared) or set(out) != set(own + positions):
-        return NotImplemented
-    if not w.numel() or not x.numel():
-        return NotImplemented
-    rows = torch.einsum(f"{xs}->{''.join(positions + shared)}", x)
-    matrix = torch.einsum(f"{ws}->{''.join(own + shared)}", w)
-    kept, made = list(rows.shape[: len(positions)]), list(matrix.shape[: len(own)])
-    y = linear(trace, rows.reshape(*kept, -1), matrix.reshape(prod(made), -1))
-    return y if y is NotImplemented else torch.einsum(f"{''.join(positions + own)}->{out}", y.reshape(kept + made))
-
-
-RULES: dict[Any, Rule] = {
-    F.linear: linear,
-    torch.matmul: matmul,
-    torch.Tensor.matmul: matmul,
-    torch.mm: matmul,
-    torch.Tensor.mm: matmul,
-    torch.mv: matmul,
-    torch.Tensor.mv: matmul,
-    torch.Tensor.__rmatmul__: lambda trace, self, other: matmul(trace, other, self),
-    torch.addmm: addmm,
-    torch.Tensor.addmm: addmm,
-    torch.einsum: einsum,
-    torch.functional.einsum: einsum,
-}
+RULES: dict[Any, Rule] = {F.linear: linear}

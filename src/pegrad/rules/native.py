@@ -26,7 +26,8 @@ def attention(
 ) -> Any:
     """Rule of `F.scaled_dot_product_attention`, which on a CPU `vmap` would loop over."""
     # Under `vmap` a mask does not seem to require a gradient, and a kernel that cannot give it one would be picked.
-    tensors = _copied(trace, [query, key, value] if attn_mask is None else [query, key, value, attn_mask])
+    tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+    tensors = _copied(trace, tensors, "attention")
     axes = max(t.dim() for t in tensors)
     aligned = [t.reshape(*[1] * (axes - t.dim()), *t.shape) for t in tensors]
 
@@ -41,13 +42,13 @@ def attention(
 
 def column_stack(trace: Recorder, tensors: Sequence[Tensor]) -> Tensor:
     """Rule of `torch.column_stack`."""
-    return torch.cat([t if t.dim() > 1 else t.reshape(-1, 1) for t in _copied(trace, tensors)], 1)
+    return torch.cat([t if t.dim() > 1 else t.reshape(-1, 1) for t in _copied(trace, tensors, "column_stack")], 1)
 
 
-def _copied(trace: Recorder, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _copied(trace: Recorder, tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
     """Give each example a copy of the parameters among tensors, of which at least one is batched."""
     witness = next(t for t in tensors if trace.is_batched(t))
-    return [trace.expand(t, witness) if trace.is_parameter(t) else t for t in tensors]
+    return [trace.expand(t, witness, operation) if trace.is_parameter(t) else t for t in tensors]
 
 
 RULES: dict[Any, Rule] = {F.scaled_dot_product_attention: attention, torch.column_stack: column_stack}

@@ -1,4 +1,4 @@
-"""Layer, group, instance and RMS normalisation: their scale and shift."""
+"""Layer, group, instance, RMS and frozen batch normalisation: their scale and shift."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,9 +105,10 @@ def group_norm(
 
     witness = next((t for t in (weight, bias) if t is not None and trace.is_batched(t)), None)
     if witness is not None and trace.is_parameter(input):  # copies share their memory; the kernel wants them laid out
-        images = trace.expand(input, witness).clone(memory_format=torch.contiguous_format)
+        images = trace.expand(input, witness, "group norm").clone(memory_format=torch.contiguous_format)
         weight, bias = (
-            trace.expand(t, witness) if t is not None and trace.is_parameter(t) else t for t in (weight, bias)
+            trace.expand(t, witness, "group norm") if t is not None and trace.is_parameter(t) else t
+            for t in (weight, bias)
         )
         return F.group_norm(images, num_groups, weight, bias, eps)
     return _affine(trace, "group norm", function, input, weight, bias, _over_images(input.shape[0]))
@@ -135,6 +136,31 @@ def instance_norm(
     return _affine(trace, "instance norm", function, input, weight, bias, _over_images(input.shape[0]))
 
 
+def batch_norm(
+    trace: Recorder,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """Rule of `F.batch_norm` with statistics that are frozen, and constants."""
+    statistics = running_mean, running_var
+    if training or any(t is None or trace.is_parameter(t) or trace.is_batched(t) for t in statistics):
+        return NotImplemented
+    if not input.numel():
+        return NotImplemented
+
+    def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        images = x.flatten(0, 1)
+        return F.batch_norm(images, running_mean, running_var, weight, bias, False, momentum, eps).reshape(x.shape)
+
+    return _affine(trace, "batch norm", function, input, weight, bias, _over_images(input.shape[0]))
+
+
 def _over_images(images: int) -> Reduction:
     reduce = over_images(images)
     return lambda t: reduce(t.flatten(0, 1))
@@ -146,4 +172,5 @@ RULES: dict[Any, Rule] = {
     torch.rms_norm: rms_norm,
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
 }

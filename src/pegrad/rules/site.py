@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from pegrad.numerics import by_example
@@ -143,6 +144,16 @@ Tap = Callable[[Tensor, Tensor, list[Site]], Tensor]
 """`(y, x, sites) -> y`: notes the sites of an operation whose input was `x` and whose output is `y`."""
 
 
+class Send(Protocol):
+    """Where an operation that was announced sends what its sites are asked about, from its own backward."""
+
+    anchor: Tensor
+    """A scalar that must be among the inputs of the operation's `autograd.Function`, or its backward might not run."""
+
+    def __call__(self, x: Tensor, g: Tensor) -> None:
+        """Send the input `(B, ...)` and the gradient at the output `(B, ...)`."""
+
+
 class Recorder(Protocol):
     """What a rule may ask of the trace that called it."""
 
@@ -164,20 +175,31 @@ class Recorder(Protocol):
             The output as the loss sees it.
         """
 
-    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def run(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """Run an operation without parameters on the physical batch.
 
         Args:
-            function: takes one tensor `(B, ...)` for each of `tensors`, and returns one.
+            function: takes one tensor `(B, ...)` for each of `tensors`, and returns one, or a tuple of them.
             tensors: no parameters, and at least one of them batched.
         """
 
-    def expand(self, parameter: Tensor, witness: Tensor) -> Tensor:
+    def announce(self, sites: list[Site], x: Shape, y: Shape, dtype: torch.dtype) -> Send:
+        """Note the sites of an operation that works out the gradient at its output itself, in a backward of its own.
+
+        Args:
+            sites: at least one.
+            x: shape of the input that they will be asked about, physical.
+            y: shape of the output, physical.
+            dtype: of the input.
+        """
+
+    def expand(self, parameter: Tensor, witness: Tensor, operation: str = "") -> Tensor:
         """Give each example a copy of a parameter: right for any operation, cheap for small parameters.
 
         Args:
             parameter: a parameter.
             witness: any batched tensor.
+            operation: what the copy is for.
         """
 
 

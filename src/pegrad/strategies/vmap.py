@@ -1,8 +1,11 @@
 """`vmap`: the composition `vmap(grad(loss))`, by PyTorch's own batching rules (the literature's `multi`)."""
 
+from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from pegrad.rules.recurrent import BY_STEPS
 from pegrad.strategies.base import Leaves, Problem, Strategy, Values
+from pegrad.tracing.interception import Interception
 
 
 class Vmap(Strategy):
@@ -13,6 +16,11 @@ class Vmap(Strategy):
 
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
         """See `Strategy.stacked`."""
-        gradient = grad_and_value(problem.loss, has_aux=True)
+
+        def loss(params: Leaves, example: Leaves) -> tuple[Tensor, Leaves]:
+            with Interception(BY_STEPS):  # recurrent networks have no batching rule
+                return problem.loss(params, example)
+
+        gradient = grad_and_value(loss, has_aux=True)
         grads, (losses, aux) = vmap(gradient, in_dims=(None, 0), randomness="different")(problem.params, problem.batch)
         return grads, Values(losses, aux)

@@ -107,12 +107,12 @@ def whole_rows(tensor: Tensor) -> bool:
     return True
 
 
-def on_physical_batch(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def on_physical_batch(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """Call a function on tensors as they lie in memory, the examples along their first axis.
 
     Args:
-        function: takes one tensor `(B, ...)` for each of `tensors`, returns one tensor `(B, ...)`. Plain autograd
-            records what it does.
+        function: takes one tensor `(B, ...)` for each of `tensors`, returns one tensor `(B, ...)`, or a tuple of
+            them. Plain autograd records what it does.
         tensors: at least one of them batched; a shared one is expanded.
 
     Returns:
@@ -135,10 +135,11 @@ class _OnPhysicalBatch(torch.autograd.Function):
         raise AssertionError("on_physical_batch needs a batched tensor")
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Any, Any]:
         dims = in_dims[1:]
         physical = [
             t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in zip(tensors, dims, strict=True)
         ]
-        return function(*physical), 0
+        result = function(*physical)
+        return result, (0,) * len(result) if isinstance(result, tuple) else 0

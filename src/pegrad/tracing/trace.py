@@ -28,7 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from pegrad import trees
 from pegrad.errors import LossError
-from pegrad.rules.site import Rule, Site
+from pegrad.rules.recurrent import BY_STEPS
+from pegrad.rules.site import Rule, Shape, Site
 from pegrad.tracing.batched import differentiated, is_batched, is_tracked, level, lowered, on_physical_batch, physical
 from pegrad.tracing.foreign import refuse_checkpoint
 from pegrad.tracing.inlining import inlined
@@ -164,6 +165,8 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         refuse_checkpoint()
         nested = level() != self._level
+        if nested:  # where the rule of a recurrence does not reach
+            func = BY_STEPS.get(func, func)
         if nested and differentiated():  # inside a transform of the loss's own, other than a `vmap`
             return func(*args, **kwargs)
         if func == _REQUIRES_GRAD and is_batched(args[0]):  # the wrapper says no; its rows know
@@ -259,7 +262,7 @@ class Trace(TorchFunctionMode):
         """See `Recorder.record`."""
         return on_physical_batch(lambda x: run(x, self._tap), x)
 
-    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def run(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """See `Recorder.run`."""
         return on_physical_batch(function, *tensors)
 
@@ -288,20 +291,24 @@ class Trace(TorchFunctionMode):
         self.copies.append(Copies(parameter, rows, operation))
         return rows
 
+    def announce(self, sites: list[Site], x: Shape, y: Shape, dtype: torch.dtype) -> "_Sender":
+        """See `Recorder.announce`."""
+
+        def note() -> _Sender:
+            for site in sites:
+                self._note(site.source, site.operation)
+            self.tapped.append(Tapped(sites, tuple(x), tuple(y), dtype))
+            return _Sender(self._anchor, self._line, self.tapped[-1])
+
+        return self._once([(site.source, site.operation) for site in sites], note)
+
     def _tap(self, y: Tensor, x: Tensor, sites: list[Site]) -> Tensor:
         if not sites:
             return y
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
-
-        def note() -> Tapped:
-            for site in sites:
-                self._note(site.source, site.operation)
-            self.tapped.append(Tapped(sites, tuple(x.shape), tuple(y.shape), x.dtype))
-            return self.tapped[-1]
-
-        tapped = self._once([(site.source, site.operation) for site in sites], note)
-        return _Tap.apply(y, self._anchor, x.detach(), self._line, tapped)
+        send = self.announce(sites, x.shape, y.shape, x.dtype)
+        return _Tap.apply(y, send.anchor, x.detach(), send)
 
 
 def _takes_function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -338,6 +345,18 @@ class _Line:
             self._receive(tapped, x, g)
 
 
+@dataclass(frozen=True, eq=False)
+class _Sender:
+    """Sends what one operation has to tell: see `Send`."""
+
+    anchor: Tensor
+    line: _Line
+    tapped: Tapped
+
+    def __call__(self, x: Tensor, g: Tensor) -> None:
+        self.line.send(self.tapped, x, g)
+
+
 class _Tap(torch.autograd.Function):
     """The identity, in place; its backward sends on the gradient that passes.
 
@@ -347,14 +366,14 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, line: _Line, tapped: Tapped) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, send: _Sender) -> Tensor:
         ctx.mark_dirty(y)
         ctx.save_for_backward(x)
-        ctx.line, ctx.tapped = line, tapped
+        ctx.send = send
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.line.send(ctx.tapped, x, g.detach())
-        return g, None, None, None, None
+        ctx.send(x, g.detach())
+        return g, None, None, None

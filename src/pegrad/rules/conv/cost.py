@@ -11,24 +11,25 @@ Shape = tuple[int, ...]
 _LANES = 16  # a grouped convolution's backward fills the channels of each group up to a multiple of these
 
 
-def choose(x: Tensor, g: Tensor, geometry: Geometry) -> str:
+def choose(x: Tensor, g: Tensor, geometry: Geometry, images: int = 1) -> str:
     """Name the stacked gradient's kernel that costs least for these shapes.
 
     Args:
-        x: input, `(B, C, *size)`.
-        g: output gradient, `(B, D, *output)`.
+        x: input, `(B * images, C, *size)`.
+        g: output gradient, `(B * images, D, *output)`.
         geometry: the convolution.
+        images: how many images an example has.
 
     Returns:
         A key of `KERNELS`. It depends on this call's shapes alone.
     """
-    work = stacking(tuple(x.shape), tuple(g.shape), geometry)
+    work = stacking(tuple(x.shape), tuple(g.shape), geometry, images)
     return min(work, key=lambda name: nanoseconds(name, work[name], x.device.type))
 
 
-def stacking(x: Shape, g: Shape, geometry: Geometry) -> dict[str, Work]:
+def stacking(x: Shape, g: Shape, geometry: Geometry, images: int = 1) -> dict[str, Work]:
     """Count the work of each kernel that stacks gradients, for those that exist in this number of dimensions."""
-    batch, positions, offsets = x[0], prod(g[2:]), prod(geometry.kernel)
+    batch, positions, offsets = x[0] // images, images * prod(g[2:]), prod(geometry.kernel)
     result = batch * g[1] * (x[1] // geometry.groups) * offsets
     multiply_adds = result * positions
     filled = prod(-(-n // _LANES) * _LANES / n for n in (x[1] // geometry.groups, g[1] // geometry.groups))
@@ -44,18 +45,21 @@ def stacking(x: Shape, g: Shape, geometry: Geometry) -> dict[str, Work]:
     return work
 
 
-def gramming(x: Shape, g: Shape, geometry: Geometry) -> dict[str, Work]:
+def gramming(x: Shape, g: Shape, geometry: Geometry, images: int = 1) -> dict[str, Work]:
     """Count the work of each kernel that finds norms from Gram matrices."""
-    batch, positions, offsets, groups = x[0], prod(g[2:]), prod(geometry.kernel), geometry.groups
+    batch, positions, offsets, groups = x[0] // images, images * prod(g[2:]), prod(geometry.kernel), geometry.groups
     padded = prod(n + 2 * p for n, p in zip(x[2:], geometry.padding, strict=True))
     pairs = positions**2
+    ordered = images * (images + 1) / 2  # pairs of images, each in one order
+    pixels, outputs = ordered * padded**2, ordered * prod(g[2:]) ** 2
     return {
         "gram_unfolded": Work(
             batch * pairs * (x[1] * offsets + g[1]), moved=batch * (x[1] * offsets * positions + 3 * groups * pairs)
         ),
         "gram_box": Work(
-            batch * (padded**2 * x[1] + pairs * g[1]),
-            moved=batch * groups * (padded**2 + (sum(geometry.kernel) + 2) * pairs),
+            batch * (pixels * x[1] + outputs * g[1]),
+            moved=batch * groups * (pixels + (sum(geometry.kernel) + 2) * outputs),
+            calls=images,
         ),
     }
 

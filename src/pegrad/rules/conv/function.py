@@ -142,11 +142,10 @@ class WeightGradient(_Bilinear):
     @staticmethod
     def vmap(info: Any, in_dims: Dims, x: Tensor, g: Tensor, call: Call) -> tuple[Tensor, int]:
         x, g = (_batch_first(t, dim, info.batch_size) for t, dim in zip((x, g), in_dims, strict=False))
-        batch, n = x.shape[:2]
+        n = x.shape[1]
         x, g = x.flatten(0, 1), g.flatten(0, 1)
-        name = call.kernel or choose(x, g, call.geometry)
-        stacked = KERNELS[name](x, g, call.geometry)
-        return (stacked if n == 1 else stacked.unflatten(0, (batch, n)).sum(1)), 0
+        name = call.kernel or choose(x, g, call.geometry, n)
+        return KERNELS[name](x, g, call.geometry, n), 0
 
 
 def _product_rule(function: type, ctx: Any, left_dot: Tensor | None, right_dot: Tensor | None) -> Tensor:

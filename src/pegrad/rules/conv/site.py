@@ -37,19 +37,18 @@ class ConvWeight(Site):
     def describe(self) -> str:
         """See `Site.describe`."""
         g = self.geometry
-        return f"{self.operation} k={g.kernel} s={g.stride} p={g.padding} d={g.dilation} groups={g.groups}"
+        images = f" images={self.images}" if self.images != 1 else ""
+        return f"{self.operation} k={g.kernel} s={g.stride} p={g.padding} d={g.dilation} groups={g.groups}{images}"
 
     def stacking(self, x: Shape, g: Shape) -> dict[str, Kernel]:
         """See `Site.stacking`."""
-        work = cost.stacking(*self._roles(x, g), geometry=self.geometry)
-        return {name: Kernel(name, w, self._kernel(KERNELS[name], self._by_example)) for name, w in work.items()}
+        work = cost.stacking(*self._roles(x, g), self.geometry, self.images)
+        return {name: Kernel(name, w, self._kernel(KERNELS[name])) for name, w in work.items()}
 
     def norming(self, x: Shape, g: Shape) -> dict[str, Kernel]:
-        """See `Site.norming`; several images of one example interfere, so only their sum has a norm."""
-        if self.images != 1:
-            return {}
-        work = cost.gramming(*self._roles(x, g), self.geometry)
-        return {name: Kernel(name, w, self._kernel(NORMS[name], lambda t: t)) for name, w in work.items()}
+        """See `Site.norming`."""
+        work = cost.gramming(*self._roles(x, g), self.geometry, self.images)
+        return {name: Kernel(name, w, self._kernel(NORMS[name])) for name, w in work.items()}
 
     def summing(self, x: Shape, g: Shape) -> Kernel:
         """See `Site.summing`."""
@@ -70,7 +69,7 @@ class ConvWeight(Site):
 
     def exact(self, x: Tensor, g: Tensor) -> Tensor:
         """See `Site.exact`; by matrix products, for a float64 convolution is slow."""
-        return self._kernel(KERNELS["unfold"], self._by_example)(x, g)
+        return self._kernel(KERNELS["unfold"])(x, g)
 
     def weigh(self, x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `Site.weigh`."""
@@ -92,13 +91,8 @@ class ConvWeight(Site):
         """See `Site.apply`."""
         return None if self.transposed else self.geometry.forward(x, parameter)
 
-    def _kernel(
-        self, kernel: Callable[[Tensor, Tensor, Geometry], Any], finish: Callable[[Any], Any]
-    ) -> Callable[[Tensor, Tensor], Any]:
-        return lambda x, g: finish(kernel(*self._roles(x, g), self.geometry))
+    def _kernel(self, kernel: Callable[..., Any]) -> Callable[[Tensor, Tensor], Any]:
+        return lambda x, g: kernel(*self._roles(x, g), self.geometry, self.images)
 
     def _roles(self, x: T, g: T) -> tuple[T, T]:
         return (g, x) if self.transposed else (x, g)
-
-    def _by_example(self, stacked: Tensor) -> Tensor:
-        return stacked if self.images == 1 else stacked.unflatten(0, (-1, self.images)).sum(1)
