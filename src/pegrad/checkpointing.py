@@ -104,9 +104,10 @@ class _Checkpoint:
 
         def refill(tensor: Tensor) -> Tensor:  # raises nothing: an operator would make an error of its own of that
             nonlocal saved
+            tensor = tensor.detach()  # an output that its own graph saved would be a circle
             holder = self._holders[saved]() if saved < len(self._holders) else None
             if holder is not None:
-                holder.value = tensor.detach()
+                holder.value = tensor
             saved += 1
             return tensor
 
