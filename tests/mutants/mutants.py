@@ -643,6 +643,20 @@ MUTANTS = [
         "activations of one path used for the gradients of another",
     ),
     Mutant(
+        "checkpointing.py",
+        "tensor = tensor.detach()  #",
+        "pass  #",
+        "test_checkpoint.py -k forgotten",
+        "all that was forgotten stays in memory once it has been computed again",
+    ),
+    Mutant(
+        "tracing/journal.py",
+        "lambda tensor: tensor.detach(), lambda tensor: tensor",
+        "lambda tensor: tensor, lambda tensor: tensor",
+        "test_checkpoint.py -k forgotten",
+        "a weight made inside what runs again is held until the next garbage collection",
+    ),
+    Mutant(
         "tracing/foreign.py",
         'if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":',
         "if False:",
