@@ -800,8 +800,8 @@ MUTANTS = [
     ),
     Mutant(
         "tracing/nested.py",
-        "functorch.get_unwrapped(argument).movedim(functorch.maybe_get_bdim(argument), 0)",
-        "functorch.get_unwrapped(argument)",
+        "below = below.movedim(axis, 0)",
+        "pass",
         "test_nested.py -k linear_maps and ghost",
         "features taken for images",
     ),
@@ -839,6 +839,20 @@ MUTANTS = [
         "False",
         "test_checkpoint.py -k otherwise",
         "activations of one path used for the gradients of another",
+    ),
+    Mutant(
+        "checkpointing.py",
+        "tensor = tensor.detach()  #",
+        "pass  #",
+        "test_checkpoint.py -k forgotten",
+        "all that was forgotten stays in memory once it has been computed again",
+    ),
+    Mutant(
+        "tracing/journal.py",
+        "lambda tensor: tensor.detach(), lambda tensor: tensor",
+        "lambda tensor: tensor, lambda tensor: tensor",
+        "test_checkpoint.py -k forgotten",
+        "a weight made inside what runs again is held until the next garbage collection",
     ),
     Mutant(
         "tracing/foreign.py",
