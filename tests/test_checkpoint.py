@@ -229,22 +229,27 @@ def test_activations_are_forgotten(forgets, strategy):
     """Catches: activations held all the same, by the graph or by what runs again."""
     runs, alive = [], []
 
-    def block(h):
-        activation = h.sin()
-        runs.append(StorageWeakRef(physical(activation).untyped_storage()))
-        return activation.sin().cos()
+    def block(h, weight):
+        made = weight.exp()
+        saved = [h.sin(), h.exp(), h @ made, made]  # by what comes next; by their own graph; by a tap; for the tap
+        runs.append([StorageWeakRef(physical(t).untyped_storage()) for t in saved])
+        return saved[0].sin() + saved[1] + saved[2].cos()
 
     def loss(p, x):
         runs.clear()
         h = x @ p["w"]
-        h = pegrad.checkpoint(block, h) if forgets else block(h)
-        alive.append(not runs[0].expired())
+        h = pegrad.checkpoint(block, h, p["v"]) if forgets else block(h, p["v"])
+        alive.append([not reference.expired() for reference in runs[0]])
         return h.sum()
 
-    pegrad.per_example_norm(loss, strategy=strategy)({"w": r(D, D)}, r(B, 4, D))
-    assert alive == [not forgets]
-    assert len(runs) == 1 + forgets
-    assert all(run.expired() for run in runs)
+    gc.disable()
+    try:
+        pegrad.per_example_norm(loss, strategy=strategy)({"w": r(D, D), "v": r(D, D)}, r(B, 4, D))
+        assert alive == [[not forgets] * 3 + [True]]
+        assert len(runs) == 1 + forgets
+        assert all(reference.expired() for run in runs for reference in run)
+    finally:
+        gc.enable()
 
 
 def test_nothing_outlives_a_loss_that_fails():

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
 
 import oracle
 import pegrad
@@ -313,6 +315,30 @@ def test_written_out_scales_and_shifts_hold_no_more_than_activations(form, strat
     assert largest.numbers <= batch.numel()
 
 
+MODULES = {
+    "EmbeddingBag": (nn.EmbeddingBag(5, 3, padding_idx=1), lambda: (tokens(2, 4),)),
+    "EmbeddingBag, max": (nn.EmbeddingBag(5, 3, mode="max"), lambda: (tokens(2, 4),)),
+    "Bilinear": (nn.Bilinear(4, 3, 6), lambda: (r(B, 2, 4), r(B, 2, 3))),
+    "BatchNorm2d": (nn.BatchNorm2d(3).eval(), lambda: (r(B, 2, 3, 4, 4),)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name):
+    """Catches: a module whose parameters are copied for each example."""
+    module, make = MODULES[name]
+    module, batch = module.double(), make()
+    params = {key: p.detach() for key, p in module.named_parameters()}
+    loss = lambda p, x: varied(functional_call(module, p, x))  # noqa: E731
+    expected = oracle.per_example_grads(loss, params, batch)
+    for strategy in TRACED:
+        out = pegrad.clipped_grad(loss, clip_norm=1.0, strategy=strategy)(params, batch)
+        oracle.assert_close(out.norms, [oracle.norms(expected)])
+        oracle.assert_close(out.grads, oracle.clipped_sum(expected, 1.0))
+    copied = [use for use in pegrad.explain(loss, params, batch).uses if use.norm == "copies"]
+    assert all("bias" in use.leaves for use in copied)
+
+
 def test_mixed_precision_keeps_float32_sums_of_blocks():
     """Catches: a sum of many examples rounded to the eight bits of a cast parameter."""
     loss = lambda p, x: torch.bmm(x.bfloat16(), p.bfloat16()).float().sum()  # noqa: E731
@@ -321,6 +347,28 @@ def test_mixed_precision_keeps_float32_sums_of_blocks():
             torch.zeros(2, 4, 3), torch.ones(300, 2, 1, 4)
         )
         assert torch.equal(out.grads, torch.full((2, 4, 3), 300.0))
+
+
+HALF = {
+    "bmm": lambda p, x: torch.bmm(x[None].expand(3, 2, 4), p),
+    "einsum": lambda p, x: torch.einsum("ti,eij->tej", x, p),
+    "bilinear": lambda p, x: F.bilinear(x, x, p[:, :, :4]),
+    "frozen batch norm": lambda p, x: F.batch_norm(x, p.new_ones(4), 2 * p.new_ones(4), 0.3 * p[0, :, 0], p[0, :, 1]),
+    "bags": lambda p, x: F.embedding_bag((x > 0).long(), p[0], padding_idx=3),
+}
+
+
+@pytest.mark.parametrize("strategy", TRACED)
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, name, strategy):
+    """Catches: what is widened meeting what is not."""
+    loss = lambda p, x: varied(HALF[name](p, x).float())  # noqa: E731
+    params, batch = r(3, 4, 5).to(dtype), r(B, 2, 4).to(dtype)
+    expected = oracle.per_example_grads(loss, params, batch)
+    out = pegrad.clipped_grad(loss, clip_norm=1e9, strategy=strategy)(params, batch)
+    oracle.assert_close(out.norms.double(), [oracle.norms(expected)], relative=0.05)
+    oracle.assert_close(out.grads.double(), [grad.sum(0) for grad in expected], relative=0.05)
 
 
 @pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}])

@@ -131,8 +131,18 @@ def test_a_batch_axis_that_is_not_the_first():
     assert torch.equal(out, expected[:, 0])
     assert torch.equal(h, hidden[:, 0])
     assert torch.equal(c, cell[:, 0])
-    apply, params = pegrad.from_module(lstm, batch_axis=None)
-    assert torch.equal(apply(params, x)[0], out)
+    batch = r(B, 5, 3)
+    for axis in (1, None):
+        apply, params = pegrad.from_module(lstm, batch_axis=axis)
+        assert torch.equal(apply(params, x)[0], out)
+
+        def loss(params, x, apply=apply):
+            return apply(params, x)[0].sin().sum()
+
+        expected = oracle.per_example_grads(
+            lambda p, x: torch.func.functional_call(lstm, p, x)[0].sin().sum(), params, batch
+        )
+        oracle.assert_close(pegrad.per_example_grad(loss)(params, batch), expected)
     with pytest.raises(pegrad.LeafError, match="batch_axis=3"):
         pegrad.from_module(lstm, batch_axis=3)[0](params, x)
 

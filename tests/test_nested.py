@@ -184,6 +184,12 @@ def autograd_by_the_input(p, x):
     return g.square().sum() + net(p, x)
 
 
+@case(IMAGES, lambda: {"w": r(D, D)}, lambda: r(B, D))
+def a_gradient_asked_for_that_is_there(p, x):
+    """Catches: what transforms refuse though it changes nothing; Hugging Face's checkpointing asks for it."""
+    return F.linear(x, p["w"]).requires_grad_(True).sin().sum()
+
+
 @case(OTHERS, params, lambda: r(B, D))
 def autograd_by_what_was_computed(p, x):
     h = F.linear(x, p["w"]).tanh()

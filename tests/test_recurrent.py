@@ -277,6 +277,37 @@ def test_results_changed_in_place(kind, strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_use_that_the_loss_does_not_depend_on(kind, strategy):
+    """Catches: a leaf that waits for ever for a use that was announced under no_grad, or detached."""
+    module = KINDS[kind](D, H, 2)
+
+    def loss(p, x):
+        with torch.no_grad():
+            factor = functional_call(module, p, (x.flip(0),))[0].square().sum()
+        output = functional_call(module, p, (x,))[0]
+        return (output * functional_call(module, p, (x * 2,))[0].detach()).sin().sum() * factor
+
+    assert_exact(loss, of(module), r(B, T, D), strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_module(kind, strategy):
+    """Catches: a module that dynamo replays without what is noted while it runs."""
+    module = KINDS[kind](D, H, 2)
+    params = of(module)
+    compiled = torch.compile(module, backend="eager")
+    batch = r(B, T, D)
+    expected = oracle.per_example_grads(lambda p, x: total(*flat(functional_call(module, p, (x,)))), params, batch)
+
+    def loss(p, x):
+        return total(*flat(functional_call(compiled, {f"_orig_mod.{n}": w for n, w in p.items()}, (x,))))
+
+    oracle.assert_close(pegrad.per_example_grad(loss, strategy=strategy)(params, batch), expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_edges(kind, strategy):
     """Catches: one step, one channel, one example, an input that all share or that is a parameter."""
     tiny = KINDS[kind](1, 1)

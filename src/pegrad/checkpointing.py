@@ -47,9 +47,13 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     >>> import pegrad, torch
     >>> def loss(w, x):
-    ...     return pegrad.checkpoint(lambda h: (h @ w).sin().exp(), x).sum()
-    >>> pegrad.per_example_norm(loss)(torch.eye(2), torch.zeros(3, 2))
-    tensor([0., 0., 0.], dtype=torch.float64)
+    ...     return pegrad.checkpoint(lambda h: (h @ w).sin().exp().square(), x).sum()
+    >>> pegrad.per_example_grad(loss)(torch.zeros(2, 2), torch.eye(2))
+    tensor([[[2., 2.],
+             [0., 0.]],
+    <BLANKLINE>
+            [[0., 0.],
+             [2., 2.]]])
     """
     if differentiated() or not torch.is_grad_enabled():
         return function(*args, **kwargs)
@@ -104,9 +108,10 @@ class _Checkpoint:
 
         def refill(tensor: Tensor) -> Tensor:  # raises nothing: an operator would make an error of its own of that
             nonlocal saved
+            tensor = tensor.detach()  # an output that its own graph saved would be a circle
             holder = self._holders[saved]() if saved < len(self._holders) else None
             if holder is not None:
-                holder.value = tensor.detach()
+                holder.value = tensor
             saved += 1
             return tensor
 

@@ -22,7 +22,7 @@ SPREAD = [
     "nn_functional_grid_sample", "nn_functional_instance_norm", "nn_functional_interpolate_bicubic",
     "nn_functional_layer_norm", "nn_functional_max_pool2d", "nn_functional_prelu", "nn_functional_rms_norm",
     "nn_functional_scaled_dot_product_attention", "nn_BatchNorm1d", "nn_Bilinear", "nn_Conv3d", "nn_Embedding",
-    "nn_MultiheadAttention", "nn_TransformerEncoderLayer",
+    "nn_MultiheadAttention", "nn_TransformerEncoderLayer", "bmm", "matmul", "tensordot", "nn_functional_batch_norm",
 ]  # fmt: skip
 """Some of the rest: one sample."""
 

@@ -148,15 +148,15 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Rule of `F.batch_norm` with statistics that are frozen, and constants."""
-    statistics = running_mean, running_var
-    if training or any(t is None or trace.is_parameter(t) or trace.is_batched(t) for t in statistics):
+    if training or running_mean is None or running_var is None or not input.numel():
         return NotImplemented
-    if not input.numel():
+    statistics = running_mean, running_var
+    if any(trace.is_parameter(t) or trace.is_batched(t) for t in statistics):
         return NotImplemented
 
     def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        images = x.flatten(0, 1)
-        return F.batch_norm(images, running_mean, running_var, weight, bias, False, momentum, eps).reshape(x.shape)
+        mean, var = (t.to(x.dtype) if x.dtype.itemsize > t.dtype.itemsize else t for t in statistics)
+        return F.batch_norm(x.flatten(0, 1), mean, var, weight, bias, False, momentum, eps).reshape(x.shape)
 
     return _affine(trace, "batch norm", function, input, weight, bias, _over_images(input.shape[0]))
 

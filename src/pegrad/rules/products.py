@@ -39,6 +39,8 @@ def contract(trace: Recorder, name: str, x: Tensor, xs: str, w: Tensor, ws: str,
     shared = [i for i in ws if i in xs and i not in out]
     own = [i for i in ws if i not in xs and i in out]
     positions = [i for i in xs if i not in ws and i in out]
+    if apart and not shared and not own:  # a scale: maps of one number each, for which a copy is cheaper
+        return NotImplemented
     rows = torch.einsum(f"{xs}->{''.join(apart + positions + shared)}", x)
     matrix = torch.einsum(f"{ws}->{''.join(apart + own + shared)}", w)
     side, kept = rows.shape[: len(apart)], rows.shape[len(apart) : len(apart) + len(positions)]
@@ -61,6 +63,8 @@ def matmul(trace: Recorder, input: Tensor, other: Tensor) -> Any:
         return NotImplemented
     if trace.is_parameter(other):
         x, weight = input, other.mT if other.dim() > 1 else other
+    elif not trace.is_parameter(input):
+        return NotImplemented
     else:
         x, weight = other.mT if other.dim() > 1 else other, input
     if weight.dim() == 0 or x.dim() == 0:
@@ -122,7 +126,7 @@ def addmm(
 def einsum(trace: Recorder, equation: str, *operands: Any) -> Any:
     """Rule of `torch.einsum` with two operands."""
     tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
-    read = _indices(equation, tensors)
+    read = _indices(equation, tensors) if any(trace.is_parameter(t) for t in tensors) else None
     if read is None:
         return NotImplemented
     (first, second), out = read
@@ -152,7 +156,7 @@ def _indices(equation: str, tensors: Sequence[Tensor]) -> tuple[list[str], str] 
 
 def tensordot(trace: Recorder, a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> Any:
     """Rule of `torch.tensordot`."""
-    if out is not None or isinstance(dims, Tensor):
+    if out is not None or isinstance(dims, Tensor) or not any(trace.is_parameter(t) for t in (a, b)):
         return NotImplemented
     if isinstance(dims, int):
         dims = range(a.dim() - dims, a.dim()), range(dims)

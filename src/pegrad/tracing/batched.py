@@ -62,6 +62,31 @@ def lowered(to: int | None) -> Iterator[None]:
 
 
 @contextmanager
+def entered(batch: int, randomness: str) -> Iterator[None]:
+    """Inside the block, one more `vmap` runs: tensors that escaped from another of its level and batch are alive."""
+    torch._C._functorch._vmap_increment_nesting(batch, randomness)
+    try:
+        yield
+    finally:
+        torch._C._functorch._vmap_decrement_nesting()
+
+
+def batched_at(tensor: Tensor, at: int) -> bool:
+    """Tell whether a tensor has an axis that the `vmap` of that level hides."""
+    return is_batched(tensor) and torch._C._functorch.maybe_get_level(tensor) == at
+
+
+def peeled(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return the tensor below the innermost `vmap` that wraps it, and the axis of it that this hides."""
+    return torch._C._functorch.get_unwrapped(tensor), torch._C._functorch.maybe_get_bdim(tensor)
+
+
+def wrapped(tensor: Tensor, axis: int, at: int) -> Tensor:
+    """Hide an axis, as the `vmap` of that level does."""
+    return torch._C._functorch._add_batch_dim(tensor, axis, at)
+
+
+@contextmanager
 def changing_requires_grad() -> Iterator[None]:
     """Inside the block, a tensor may be made to require a gradient of the innermost `torch.func.grad`."""
     functorch = torch._C._functorch

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pegrad.errors import StrategyError
-from pegrad.tracing.batched import is_batched, level, lowered, physical
+from pegrad.tracing.batched import is_batched, level, lowered, peeled, physical, wrapped
 
 SET_REQUIRES_GRAD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 
@@ -43,30 +43,29 @@ def inner_grad(
     batched = [physical(t) for t in (*outputs, *inputs) if is_batched(t)]
     if is_grads_batched or len(batched) < len(outputs) + len(inputs) or any(t.dim() == 0 for t in batched):
         raise _refusal()
-    functorch, at = torch._C._functorch, level()
+    at = level()
     assert at is not None
-    if any(is_batched(functorch.get_unwrapped(t)) for t in (*outputs, *inputs)):
+    if any(is_batched(peeled(t)[0]) for t in (*outputs, *inputs)):
         raise _refusal()
     with lowered(None):
         weights = [_beside(output, weight) for output, weight in zip(outputs, given, strict=True)]
         rows = batched[len(outputs) :]
         grads = torch.autograd.grad(batched[: len(outputs)], rows, weights, **options)
-    axes = [functorch.maybe_get_bdim(t) for t in inputs]
-    wrap = functorch._add_batch_dim
-    return tuple(g if g is None else wrap(g, axis, at) for g, axis in zip(grads, axes, strict=True))
+    axes = [peeled(t)[1] for t in inputs]
+    return tuple(g if g is None else wrapped(g, axis, at) for g, axis in zip(grads, axes, strict=True))
 
 
 def _beside(output: Tensor, weight: Tensor | None) -> Tensor:
     """Lay what an output's gradient starts from as the output lies."""
-    functorch = torch._C._functorch
-    whole, axis = physical(output), functorch.maybe_get_bdim(output)
+    whole, axis = peeled(output)
     if weight is None:
         if whole.dim() > 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
         return torch.ones_like(whole)
     if not is_batched(weight):
         return weight.unsqueeze(axis).expand_as(whole)
-    return physical(weight).movedim(functorch.maybe_get_bdim(weight), axis)
+    below, own = peeled(weight)
+    return below.movedim(own, axis)
 
 
 def _refusal() -> StrategyError:

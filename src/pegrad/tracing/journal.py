@@ -83,7 +83,7 @@ def kept() -> saved_tensors_hooks:
 
     For what the loss makes of parameters alone: it is small, and gradients are pulled back through it many times.
     """
-    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    return saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
 
 def _otherwise() -> LossError:

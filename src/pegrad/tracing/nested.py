@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad import trees
-from pegrad.tracing.batched import is_batched, level, lowered
+from pegrad.tracing.batched import batched_at, level, lowered, peeled, wrapped
 
 Wide = Callable[[Any], bool]
 """Tells whether an argument has the axis, in front of all others."""
@@ -29,15 +29,15 @@ def on_all_images(widened: Widened, mode: AbstractContextManager, args: Any, kwa
     Returns:
         The call's value under the `vmap`; or `NotImplemented`.
     """
-    functorch = torch._C._functorch
     at = level()
     assert at is not None
     moved: dict[int, Tensor] = {}
 
     def down(argument: Any) -> Any:
-        if not isinstance(argument, Tensor) or not is_batched(argument) or functorch.maybe_get_level(argument) != at:
+        if not isinstance(argument, Tensor) or not batched_at(argument, at):
             return argument
-        below = functorch.get_unwrapped(argument).movedim(functorch.maybe_get_bdim(argument), 0)
+        below, axis = peeled(argument)
+        below = below.movedim(axis, 0)
         moved[id(below)] = below  # kept, so that its id stays its own
         return below
 
@@ -45,7 +45,7 @@ def on_all_images(widened: Widened, mode: AbstractContextManager, args: Any, kwa
         args, kwargs = trees.map(down, args), trees.map(down, kwargs)
         with mode:
             value = widened(lambda argument: id(argument) in moved, *args, **kwargs)
-    return functorch._add_batch_dim(value, 0, at) if isinstance(value, Tensor) and moved else value
+    return wrapped(value, 0, at) if isinstance(value, Tensor) and moved else value
 
 
 def _in_front(function: Callable[..., Tensor]) -> Widened:

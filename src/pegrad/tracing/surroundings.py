@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from pegrad.errors import LossError
-from pegrad.tracing.batched import level, vmaps
+from pegrad.tracing.batched import entered, level, vmaps
 from pegrad.tracing.eager import generator_states, set_generator_states
 from pegrad.tracing.trace import Trace
 
@@ -46,8 +46,7 @@ class Surroundings:
             set_generator_states(self._generators)
             if level() is None:
                 for batch, randomness in self._vmaps:
-                    torch._C._functorch._vmap_increment_nesting(batch, randomness)
-                    stack.callback(torch._C._functorch._vmap_decrement_nesting)
+                    stack.enter_context(entered(batch, randomness))
             elif vmaps() != self._vmaps:
                 raise LossError(
                     "A backward pass under a transform of torch.func meets what pegrad.checkpoint ran under another: "

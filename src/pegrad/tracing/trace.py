@@ -2,8 +2,9 @@
 
 The loss runs once, under `vmap`. Where an operation that has a rule meets a parameter, the rule runs the native
 operation on the physical batch and taps its output: in the backward pass the tap receives the loss's gradient at that
-output, from which the rule knows everything else, and the parameter itself is no part of the graph. What the loss
-makes of parameters alone stays unbatched, and is a parameter in turn. Where a parameter meets an operation without
+output, from which the rule knows everything else, and the parameter itself is no part of the graph. (An operation that
+works out its gradients in a backward of its own announces its sites instead, and sends to them from there.) What the
+loss makes of parameters alone stays unbatched, and is a parameter in turn. Where a parameter meets an operation without
 a rule, each example gets a copy of it for that use; what autograd returns for the copies is the stacked gradient.
 
 Every run is traced anew, so a loss may take another path each time. What could make the numbers wrong in silence is

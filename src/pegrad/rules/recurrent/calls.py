@@ -1,7 +1,7 @@
 """What a call of one of PyTorch's recurrent functions asks for, whichever of them it is."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ class Step:
 
     input: Tensor
     states: States
-    weights: Weights = field(repr=False)
+    weights: Weights
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor of the call."""
