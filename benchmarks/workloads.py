@@ -20,7 +20,7 @@ from pegrad.trees import PyTree
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each example `(B,)`: the mean over what it predicts, of logits `(B, ..., C)` and labels `(B, ...)`."""
+    """The loss of each example `(B,)`, the mean over its labels: of logits `(B, ..., C)` and labels `(B, ...)`."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(len(labels), -1).mean(1)
 
 
