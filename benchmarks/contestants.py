@@ -5,7 +5,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import native
 import pegrad
@@ -14,7 +13,7 @@ from jax_peers import jax_gradient, jax_privacy
 from peers import backpack, opacus_ghost, opacus_hooks
 from pegrad.strategies import Strategy
 from pegrad.trees import PyTree
-from workloads import Task
+from workloads import Task, cross_entropies
 
 Make = Callable[[Task, float], Callable[[], PyTree]]
 """`(task, clip norm) -> function`; the function's value is a pytree like the task's parameters."""
@@ -37,10 +36,10 @@ def native_gradient(task: Task, clip_norm: float) -> Callable[[], PyTree]:
     """The non-private gradient: of the summed loss, by autograd, on the whole batch at once."""
     module = task.module()
     images, labels = task.batch
-    parameters = list(module.parameters())
+    parameters = list(native.trained(module))
 
     def gradient() -> PyTree:
-        loss = F.cross_entropy(module(images), labels, reduction="sum")
+        loss = cross_entropies(module(images), labels).sum()
         return native.restored(task.params, iter(torch.autograd.grad(loss, parameters)))
 
     return gradient

@@ -197,6 +197,11 @@ def twin(build: Callable[[], nn.Module], params: PyTree) -> nn.Module:
     return module
 
 
+def trained(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that require a gradient, in the order of their declaration."""
+    return (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+
 def declared(params: PyTree) -> Iterator[Tensor]:
     """The tensors of nested dicts in the order of their declaration, which is a module's; optree's is another."""
     for value in params.values():

@@ -13,7 +13,18 @@ from torch import nn
 
 import native
 from pegrad.trees import PyTree
-from workloads import Task
+from workloads import Task, cross_entropies
+
+
+class CrossEntropy(nn.Module):
+    """`cross_entropies` in the form that Opacus's ghost clipping wants, which sets `reduction` to `none`."""
+
+    reduction = "sum"
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the losses, or their sum."""
+        losses = cross_entropies(logits, labels)
+        return losses if self.reduction == "none" else losses.sum()
 
 
 def opacus_hooks(task: Task, clip_norm: float) -> Callable[[], PyTree]:
@@ -24,7 +35,7 @@ def opacus_hooks(task: Task, clip_norm: float) -> Callable[[], PyTree]:
     images, labels = task.batch
     module = GradSampleModule(task.module(), loss_reduction="sum")
     optimizer = DPOptimizer(
-        torch.optim.SGD(module.parameters(), lr=1.0),
+        torch.optim.SGD(native.trained(module), lr=1.0),
         noise_multiplier=0.0,
         max_grad_norm=clip_norm,
         expected_batch_size=None,
@@ -32,9 +43,9 @@ def opacus_hooks(task: Task, clip_norm: float) -> Callable[[], PyTree]:
     )
 
     def clipped_sum() -> PyTree:
-        F.cross_entropy(module(images), labels, reduction="sum").backward()
+        cross_entropies(module(images), labels).sum().backward()
         optimizer.clip_and_accumulate()
-        sums = [parameter.summed_grad for parameter in module.parameters()]
+        sums = [parameter.summed_grad for parameter in native.trained(module)]
         optimizer.zero_grad(set_to_none=True)
         return native.restored(task.params, iter(sums))
 
@@ -50,17 +61,17 @@ def opacus_ghost(task: Task, clip_norm: float) -> Callable[[], PyTree]:
     images, labels = task.batch
     module = GradSampleModuleFastGradientClipping(task.module(), max_grad_norm=clip_norm, loss_reduction="sum")
     optimizer = DPOptimizerFastGradientClipping(
-        torch.optim.SGD(module.parameters(), lr=1.0),
+        torch.optim.SGD(native.trained(module), lr=1.0),
         noise_multiplier=0.0,
         max_grad_norm=clip_norm,
         expected_batch_size=None,
         loss_reduction="sum",
     )
-    loss = DPLossFastGradientClipping(module, optimizer, nn.CrossEntropyLoss(reduction="sum"), "sum")
+    loss = DPLossFastGradientClipping(module, optimizer, CrossEntropy(), "sum")
 
     def clipped_sum() -> PyTree:
         loss(module(images), labels).backward()
-        sums = [parameter.grad for parameter in module.parameters()]
+        sums = [parameter.grad for parameter in native.trained(module)]
         optimizer.zero_grad(set_to_none=True)
         return native.restored(task.params, iter(sums))
 

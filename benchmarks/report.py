@@ -12,8 +12,8 @@ from workloads import Workload
 
 
 def caption(row: str, workload: Workload) -> str:
-    """Name a workload, its batch and its images."""
-    return f"{row}, B={workload.batch_size}, {workload.image_size}²"
+    """Name a workload, its batch and the size of an example."""
+    return f"{row}, B={workload.batch_size}, {workload.size}"
 
 
 def joined(time: Point, memory: Point) -> Point:

@@ -7,16 +7,16 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import native
 import pegrad
 from contest import CLIP_NORM, FEW
 from isolation import FailedError, in_own_process, peak
 from pegrad.papers.comparison import interleaved
 from pegrad.trees import PyTree
 from runner import Effort, Point, spread
-from workloads import Task, Workload
+from workloads import Task, Workload, cross_entropies
 
 NOISE_MULTIPLIER = 1.1
 LEARNING_RATE = 1e-3
@@ -79,11 +79,11 @@ def _ordinary_step(task: Task, make: Callable[..., torch.optim.Optimizer]) -> di
     """Gradient of the mean loss and torch's own optimizer, in place, on a copy of the parameters."""
     module = deepcopy(task.module())
     images, labels = task.batch
-    parameters = list(module.parameters())
+    parameters = list(native.trained(module))
     optimizer = make(parameters, lr=LEARNING_RATE)
 
     def gradient() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(F.cross_entropy(module(images), labels), parameters)
+        return torch.autograd.grad(cross_entropies(module(images), labels).mean(), parameters)
 
     def update(grads: tuple[Tensor, ...]) -> None:
         for parameter, grad in zip(parameters, grads, strict=True):

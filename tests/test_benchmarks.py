@@ -286,3 +286,20 @@ def test_scattering_moves_and_turns_with_the_image(module) -> None:
     )
     torch.testing.assert_close(turned, by_quarter, rtol=0, atol=1e-9)
     assert scattering(torch.ones(1, 29, 29))[0, 1:, 4, 4].abs().max() < 1e-3  # no detail in the middle of a plain image
+
+
+def test_every_shape_is_right_and_has_its_native_gradient(module) -> None:
+    """Catches: a row whose module is not what the loss computes, a frozen or tied weight lost, a wrong clipped sum."""
+    contestants, workloads = module("contestants"), module("workloads")
+    native, everyone = module("native"), contestants.EVERYONE
+    small = workloads.shapes_of(dim=64, layers=1, vocabulary=20, length=4, image=32, batch=4)
+    assert list(small) == list(workloads.SHAPES)
+    for name, workload in small.items():
+        task = workload.task("cpu").first(2).to(torch.float64)
+        gradient = contestants.native_gradient(task, 1.0)()
+        summed = contestants.by_strategy(task, 1e9, "naive")()
+        for found, expected in zip(native.declared(gradient), native.declared(summed), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10, msg=name)
+        ours, loop = everyone["auto"].make(task, 0.1)(), everyone["naive"].make(task, 0.1)()
+        for found, expected in zip(native.declared(ours), native.declared(loop), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10, msg=name)
