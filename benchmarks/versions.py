@@ -3,7 +3,8 @@
     python benchmarks/versions.py COMMIT [--only vgg11 ...] [--strategies auto ghost] [--scale smoke|cpu|full]
 
 Each of the two has a process of its own, and they take turns, one call each; what is reported is the ratio of a round.
-The other commit's code is laid out in a temporary folder, and both run the workloads of this one.
+The other commit's files are laid out in a temporary folder, and each runs its own workloads: a commit that changes one
+is not to be compared over it.
 """
 
 import os
@@ -11,21 +12,17 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import report
 import runner
-from pegrad.per_example import clipped_grad
 from runner import ROOT, Effort, Point, Results
-from workloads import SCALES
 
 EFFORTS = {
     "smoke": Effort(rounds=2),
@@ -36,16 +33,13 @@ DEFAULT = {"smoke": ["tiny"], "cpu": ["vgg11", "resnet18", "vit"], "full": ["vgg
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure if need be, and print the table; with `--serve`, be one of the two."""
+    """Measure if need be, and print the table."""
     parser = runner.parser("The clipped gradient by this code, over that by another commit's.", EFFORTS)
     parser.add_argument("commit", help="the other commit")
     parser.add_argument("--only", nargs="+", help="workloads (VGG11, ResNet18, ViT)")
     parser.add_argument("--strategies", nargs="+", default=["auto"])
-    parser.add_argument("--serve", action="store_true", help="for the program itself")
     options = runner.parse(parser, argv)
     names = options.only or DEFAULT[options.scale]
-    if options.serve:
-        return serve(options.scale, names[0], options.strategies[0], options.device)
     path = options.out / f"versions_{options.scale}_{options.device}.json"
     settings = {"commit": options.commit, "rounds": options.effort.rounds, "allocator": options.allocator}
     results = Results(path, settings, options.device, fresh=options.fresh)
@@ -61,13 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.add_row(*key.split(), report.with_quartiles(point["ratio"]))
     Console(width=100).print(table)
     print(path)
-    return None
 
 
 def measure(other: Path, name: str, strategy: str, options: object) -> Point:
     """Let the two take turns."""
-    sources = ROOT / "src", other / "src"
-    ours, theirs = (_process(source, name, strategy, options) for source in sources)
+    ours, theirs = (_process(root, name, strategy, options) for root in (ROOT, other))
     seconds: dict[str, list[float]] = {"this": [], "other": []}
     for turn in range(options.effort.rounds):  # type: ignore[attr-defined]
         order = [("this", ours), ("other", theirs)]
@@ -79,19 +71,6 @@ def measure(other: Path, name: str, strategy: str, options: object) -> Point:
     return {"ratio": runner.spread(ratios)} | {who: runner.spread(times) for who, times in seconds.items()}
 
 
-def serve(scale: str, name: str, strategy: str, device: str) -> None:
-    """Take the clipped gradient once for every line that comes in, and answer with the seconds."""
-    task = SCALES[scale][name].task(device)
-    function = clipped_grad(task.loss, clip_norm=1.0, strategy=strategy)
-    function(task.params, task.batch)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        function(task.params, task.batch)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        print(time.perf_counter() - start, flush=True)
-
-
 @contextmanager
 def laid_out(commit: str) -> Iterator[Path]:
     """Lay out another commit's files in a temporary folder."""
@@ -101,11 +80,10 @@ def laid_out(commit: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _process(source: Path, name: str, strategy: str, options: object) -> subprocess.Popen:
+def _process(root: Path, name: str, strategy: str, options: object) -> subprocess.Popen:
     scale, device = options.scale, options.device  # type: ignore[attr-defined]
-    command = [sys.executable, __file__, "-", "--serve", "--scale", scale, "--device", device]
-    command += ["--only", name, "--strategies", strategy]
-    environment = os.environ | {"PYTHONPATH": str(source)}
+    command = [sys.executable, "-P", str(ROOT / "benchmarks" / "serve.py"), scale, name, strategy, device]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(root / part) for part in ("src", "benchmarks"))}
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
