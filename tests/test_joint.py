@@ -101,6 +101,16 @@ def convolutions_of_two_sizes(p, x):
     return F.conv2d(x.sin(), p["w"], p["b"], stride=2).square().sum() + F.conv2d(x, p["w"]).sin().sum()
 
 
+def a_kernel_and_its_transpose(p, x):
+    x = F.conv2d(x, p["w"], padding=1)
+    return F.conv2d(x.sin(), p["w"].transpose(0, 1), padding=1).square().sum()
+
+
+def a_kernel_turned_in_space(p, x):
+    x = F.conv2d(x, p["w"], padding=1)
+    return F.conv2d(x.sin(), p["w"].transpose(2, 3), padding=1).square().sum()
+
+
 def used_and_copied(p, x):
     return F.linear(x, p["w"]).sin().sum() + (torch.cumsum(x, 0)[:, None] * p["w"]).cos().sum()
 
@@ -131,6 +141,8 @@ CASES = {
     a_flattened_one: ({"w": (15, D)}, r(B, T, D)),
     convolutions: ({"w": (2, 2, 3, 3), "b": (2,)}, r(B, 2, 5, 6)),
     convolutions_of_two_sizes: ({"w": (2, 2, 3, 3), "b": (2,)}, r(B, 2, 7, 6)),
+    a_kernel_and_its_transpose: ({"w": (2, 2, 3, 3)}, r(B, 2, 5, 6)),
+    a_kernel_turned_in_space: ({"w": (2, 2, 3, 3)}, r(B, 2, 5, 6)),
     used_and_copied: ({"w": (4, 5)}, r(B, 4, 5)),
     a_use_in_vain: ({"w": (D, D)}, r(B, T, D)),
     normalised_and_shared: ({"w": (D, D)}, r(B, T, D)),

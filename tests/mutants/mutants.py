@@ -25,6 +25,13 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # Several uses of one parameter
     Mutant(
+        "plan/plan.py",
+        "sole &= all(other is source for other in group.sources)",
+        "sole &= True",
+        "test_joint.py -k a_kernel_and_its_transpose",
+        "gradients of a kernel and of its transpose are added as they lie",
+    ),
+    Mutant(
         "reductions/native.py",
         "total += 2 * inner(a, b).double()",
         "total += inner(a, b).double()",

@@ -37,8 +37,8 @@ def place(view: Tensor, leaf: Tensor) -> Place | None:
         return Place(tuple((0, n) for n in leaf.shape), _long(leaf)) if view is leaf else None
     rest = int(view.storage_offset()) - int(leaf.storage_offset())
     starts = []
-    for step in leaf.stride():
-        start, rest = divmod(rest, step)
+    for n, step in zip(leaf.shape, leaf.stride(), strict=True):
+        start, rest = divmod(rest, step) if n > 1 else (0, rest)  # the stride of an axis of one number says nothing
         starts.append(start)
     sizes, axes = [1] * leaf.dim(), []
     for n, step in zip(view.shape, view.stride(), strict=True):

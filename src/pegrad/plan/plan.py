@@ -143,6 +143,7 @@ class Plan:
         """Tell whether a sum at the source reaches the leaves with all its digits, and nothing else does."""
         line, source = self.uses.lineages[id(group.source)], group.source
         sole = all(self.uses.counts[leaf] == len(group.sources) for leaf in line.leaves)
+        sole &= all(other is source for other in group.sources)  # other views of the same numbers lay them otherwise
         exact = not line.cast and source.dtype == accumulator(source.dtype, rows)
         kinds = {site.kind(tapped.x, tapped.y) for site, tapped in group.sites}
         one = len(group.sites) == 1 or (len(kinds) == 1 and None not in kinds)
