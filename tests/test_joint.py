@@ -111,6 +111,21 @@ def a_kernel_turned_in_space(p, x):
     return F.conv2d(x.sin(), p["w"].transpose(2, 3), padding=1).square().sum()
 
 
+def transposed_convolutions(p, x):
+    x = F.conv_transpose2d(x, p["w"], padding=1)
+    return F.conv_transpose2d(x.sin(), p["w"], padding=1).square().sum() + F.conv2d(x, p["w"]).sin().sum()
+
+
+def images_through_one_kernel(p, x):
+    images = torch.stack([x, x.cos(), x.flip(1)])
+    return F.conv2d(F.conv2d(images, p["w"], p["b"], padding=1).sin(), p["w"], p["b"], padding=1).square().sum()
+
+
+def columns_looked_up_twice(p, x):
+    rows = F.linear(F.one_hot(x % D, D).double(), p["w"])
+    return (torch.sin(rows) * F.embedding(x % D, p["w"].T) + F.embedding(x.flip(0) % D, p["w"].T).cos()).sum()
+
+
 def used_and_copied(p, x):
     return F.linear(x, p["w"]).sin().sum() + (torch.cumsum(x, 0)[:, None] * p["w"]).cos().sum()
 
@@ -143,6 +158,9 @@ CASES = {
     convolutions_of_two_sizes: ({"w": (2, 2, 3, 3), "b": (2,)}, r(B, 2, 7, 6)),
     a_kernel_and_its_transpose: ({"w": (2, 2, 3, 3)}, r(B, 2, 5, 6)),
     a_kernel_turned_in_space: ({"w": (2, 2, 3, 3)}, r(B, 2, 5, 6)),
+    transposed_convolutions: ({"w": (2, 2, 3, 3)}, r(B, 2, 5, 6)),
+    images_through_one_kernel: ({"w": (2, 2, 3, 3), "b": (2,)}, r(B, 2, 5, 6)),
+    columns_looked_up_twice: ({"w": (V, D)}, tokens(B, T)),
     used_and_copied: ({"w": (4, 5)}, r(B, 4, 5)),
     a_use_in_vain: ({"w": (D, D)}, r(B, T, D)),
     normalised_and_shared: ({"w": (D, D)}, r(B, T, D)),

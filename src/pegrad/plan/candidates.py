@@ -1,6 +1,6 @@
 """The ways to the norms and the weighted sum of a parameter's uses, and the cheapest: by estimate or as measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
@@ -95,26 +95,24 @@ def candidates(uses: Sequence[Shaped], timings: Timings) -> list[Candidate]:
     natives = [use.site.summing(use.x, use.g) if use.site.bounded else None for use in uses]
     native_time = None
     if all(natives):
-        native_time = of_all(["native"] * len(uses), natives)  # type: ignore[arg-type]
+        native_time = of_all(["native"] * len(uses), [kernel for kernel in natives if kernel])
     held = sum(use.numbers for use in uses)
     found = []
-    for names in _each_or_cheapest([use.site.stacking(use.x, use.g) for use in uses], time, uses):
-        kernels = [use.site.stacking(use.x, use.g)[name] for use, name in zip(uses, names, strict=True)]
+    for names, kernels in _each_or_cheapest([use.site.stacking(use.x, use.g) for use in uses], time, uses):
         rows = [stacked_numbers(use.site, kernel, use.x) for use, kernel in zip(uses, kernels, strict=True)]
         numbers = max(rows)
         norm_time = of_all(names, kernels) + nanoseconds("reduce", Work(0, moved=numbers), device)
         norm_time += nanoseconds("reduce", Work(0, moved=2 * sum(rows[1:]), calls=len(rows) - 1), device)
         contract = nanoseconds("contract", Work(0, moved=numbers), device)
         contract += nanoseconds("hold", Work(0, moved=max(0, numbers - held), calls=0), device)
-        found.append(Candidate(names, tuple(kernels), True, True, norm_time, contract, numbers))
+        found.append(Candidate(names, kernels, True, True, norm_time, contract, numbers))
         if native_time is not None:
-            found.append(Candidate(names, tuple(kernels), True, False, norm_time, native_time, held))
+            found.append(Candidate(names, kernels, True, False, norm_time, native_time, held))
     between = [_between(a, b, numel, device) for a, b in combinations(uses, 2)]
     if native_time is not None and all(use.outer for use in uses if between):
-        for names in _each_or_cheapest([use.site.norming(use.x, use.g) for use in uses], time, uses):
-            kernels = [use.site.norming(use.x, use.g)[name] for use, name in zip(uses, names, strict=True)]
+        for names, kernels in _each_or_cheapest([use.site.norming(use.x, use.g) for use in uses], time, uses):
             norm_time = of_all(names, kernels) + sum(between)
-            found.append(Candidate(names, tuple(kernels), False, False, norm_time, native_time, held))
+            found.append(Candidate(names, kernels, False, False, norm_time, native_time, held))
     return sorted(found, key=lambda candidate: candidate.time)
 
 
@@ -156,13 +154,16 @@ def timing_key(site: Site, x: Shape, g: Shape, kernel: str) -> str:
     return f"{site.describe()} {x} {g} {kernel}"
 
 
-def _each_or_cheapest(offers: Sequence[Mapping[str, Kernel]], time, uses: Sequence[Shaped]) -> list[tuple[str, ...]]:  # type: ignore[no-untyped-def]
-    """Name the kernels to consider: for one use every one, for several the cheapest of each."""
+def _each_or_cheapest(
+    offers: Sequence[Mapping[str, Kernel]], time: Callable[[Shaped, str, Kernel], float], uses: Sequence[Shaped]
+) -> list[tuple[tuple[str, ...], tuple[Kernel, ...]]]:
+    """List the kernels to consider, by name: for one use every one, for several the cheapest of each."""
     if len(offers) == 1:
-        return [(name,) for name in offers[0]]
+        return [((name,), (kernel,)) for name, kernel in offers[0].items()]
     if not all(offers):
         return []
-    return [tuple(min(o, key=lambda name: time(use, name, o[name])) for o, use in zip(offers, uses, strict=True))]
+    best = [min(o.items(), key=lambda item: time(use, *item)) for o, use in zip(offers, uses, strict=True)]
+    return [(tuple(name for name, _ in best), tuple(kernel for _, kernel in best))]
 
 
 def _between(a: Shaped, b: Shaped, numel: int, device: str) -> float:
