@@ -1,7 +1,7 @@
 """The ways to the norms and the weighted sum of a parameter's uses, and the cheapest: by estimate or as measured."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
 from typing import NamedTuple
@@ -31,6 +31,13 @@ class Shaped(NamedTuple):
     def numbers(self) -> int:
         """Numbers of input and gradient."""
         return prod(self.x) + prod(self.g)
+
+    @property
+    def key(self) -> Hashable:
+        """All that its candidates depend on, but its kernels themselves."""
+        source = self.site.source
+        known = type(self.site), self.site.describe(), source.shape, source.device.type
+        return *known, self.x, self.g, self.dtype, self.outer
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,36 @@ def choose(uses: Sequence[Shaped], timings: Timings, *, keep: bool) -> Candidate
         return min(options, key=lambda candidate: (candidate.norm_time, candidate.keeps))
     room = 2.5 * sum(use.numbers for use in uses)
     return next((c for c in options if c.numbers <= room), options[0])
+
+
+class Choices:
+    """Picks as `choose` does, once for all uses of the same operations and shapes.
+
+    Args:
+        timings: see `choose`.
+        keep: see `choose`.
+    """
+
+    def __init__(self, timings: Timings, *, keep: bool) -> None:
+        self._timings = timings
+        self._keep = keep
+        self._picked: dict[Hashable, Candidate] = {}
+
+    def __call__(self, uses: Sequence[Shaped]) -> Candidate:
+        """See `choose`."""
+        key = tuple(use.key for use in uses)
+        picked = self._picked.get(key)
+        if picked is None:
+            picked = choose(uses, self._timings, keep=self._keep)
+            if len(self._picked) == _REMEMBERED:
+                self._picked.clear()
+            self._picked[key] = replace(picked, kernels=())  # which know their site, which holds a parameter
+            return picked
+        offers = (use.site.stacking(use.x, use.g) if picked.stacks else use.site.norming(use.x, use.g) for use in uses)
+        return replace(picked, kernels=tuple(offer[name] for offer, name in zip(offers, picked.names, strict=True)))
+
+
+_REMEMBERED = 4096
 
 
 def stack_kernel(site: Site, x: Tensor, g: Tensor) -> Kernel:

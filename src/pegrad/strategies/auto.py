@@ -14,6 +14,8 @@ from pegrad.tracing.batched import transformed
 
 T = TypeVar("T")
 
+_BOOK_KEEPING = BookKeeping()  # one, for it remembers its choices
+
 
 class Auto(Strategy):
     """Book-keeping; the loop, with a warning, for what that cannot run.
@@ -37,4 +39,4 @@ class Auto(Strategy):
     def _ask(problem: Problem, ask: Callable[[Strategy, Problem], T]) -> T:
         if transformed():
             return ask(GroupedConv(), problem)
-        return stepping_down(BookKeeping(), problem, ask)
+        return stepping_down(_BOOK_KEEPING, problem, ask)

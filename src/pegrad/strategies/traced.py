@@ -1,15 +1,16 @@
 """What `ghost` and `book_keeping` share: a traced forward pass, run backward to a reduction."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
 from pegrad.errors import ArgumentError
 from pegrad.numerics import full_precision, without_autocast
-from pegrad.plan.candidates import Candidate, Shaped, Timings, choose
+from pegrad.plan.candidates import Choices, Timings
+from pegrad.plan.plan import Choose
 from pegrad.reductions.base import Reduction
 from pegrad.reductions.norms import Norms
 from pegrad.reductions.stack import StackedGradients
@@ -99,13 +100,15 @@ class Traced(Strategy):
         """Run the loss forward; of the leaves in `apart` each example gets a copy."""
         return Trace(problem.loss, problem.params, problem.batch, {**RULES, **self.rules}, apart, problem.mask)
 
-    def choose(self, uses: Sequence[Shaped]) -> Candidate:
-        """Pick the way to the norms and the weighted sum of one parameter's gradients."""
-        return choose(uses, self.timings, keep=self.keeps)
+    @cached_property
+    def choose(self) -> Choose:
+        """Picks the way to the norms and the weighted sum of one parameter's gradients."""
+        return Choices(self.timings, keep=self.keeps)
 
-    def choose_norm(self, uses: Sequence[Shaped]) -> Candidate:
-        """Pick the way to the norms, where no sum is asked for."""
-        return choose(uses, self.timings, keep=False)
+    @cached_property
+    def choose_norm(self) -> Choose:
+        """Picks the way to the norms, where no sum is asked for."""
+        return Choices(self.timings, keep=False)
 
 
 def values(trace: Trace) -> Values:

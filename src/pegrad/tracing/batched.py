@@ -149,28 +149,12 @@ def on_physical_batch(function: Callable[..., Any], *tensors: Tensor) -> Any:
     Returns:
         The function's value, as the loss sees it: without the first axis.
     """
-    return _OnPhysicalBatch.apply(function, *tensors)
-
-
-class _OnPhysicalBatch(torch.autograd.Function):
-    """Its `vmap` is all there is to it."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        raise AssertionError("on_physical_batch needs a batched tensor")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        raise AssertionError("on_physical_batch needs a batched tensor")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Any, Any]:
-        dims = in_dims[1:]
-        physical = [
-            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-            for t, dim in zip(tensors, dims, strict=True)
-        ]
-        result = function(*physical)
-        return result, (0,) * len(result) if isinstance(result, tuple) else 0
+    functorch = torch._C._functorch
+    interpreter = functorch.peek_interpreter_stack()
+    at, batch = interpreter.level(), functorch.CVmapInterpreterPtr(interpreter).batchSize()
+    below = [batch_first(t) if batched_at(t, at) else t.expand(batch, *t.shape) for t in tensors]
+    with lowered(at - 1 or None):
+        result = function(*below)
+    if isinstance(result, tuple):
+        return tuple(wrapped(value, 0, at) for value in result)
+    return wrapped(result, 0, at)

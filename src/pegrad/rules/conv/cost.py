@@ -1,5 +1,6 @@
 """What each convolution kernel does, counted from the shapes; and which gradient kernel is the cheapest."""
 
+from functools import lru_cache
 from math import prod
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.costs import Work, nanoseconds
 
 Shape = tuple[int, ...]
+_REMEMBERED = 1024  # shapes
 _LANES = 16  # a grouped convolution's backward fills the channels of each group up to a multiple of these
 
 
@@ -27,6 +29,7 @@ def choose(x: Tensor, g: Tensor, geometry: Geometry, images: int = 1) -> str:
     return min(work, key=lambda name: nanoseconds(name, work[name], x.device.type))
 
 
+@lru_cache(_REMEMBERED)
 def stacking(x: Shape, g: Shape, geometry: Geometry, images: int = 1) -> dict[str, Work]:
     """Count the work of each kernel that stacks gradients, for those that exist in this number of dimensions."""
     batch, positions, offsets = x[0] // images, images * prod(g[2:]), prod(geometry.kernel)
@@ -45,6 +48,7 @@ def stacking(x: Shape, g: Shape, geometry: Geometry, images: int = 1) -> dict[st
     return work
 
 
+@lru_cache(_REMEMBERED)
 def gramming(x: Shape, g: Shape, geometry: Geometry, images: int = 1) -> dict[str, Work]:
     """Count the work of each kernel that finds norms from Gram matrices."""
     batch, positions, offsets, groups = x[0] // images, images * prod(g[2:]), prod(geometry.kernel), geometry.groups
@@ -64,6 +68,7 @@ def gramming(x: Shape, g: Shape, geometry: Geometry, images: int = 1) -> dict[st
     }
 
 
+@lru_cache(_REMEMBERED)
 def summing(x: Shape, g: Shape, geometry: Geometry) -> Work:
     """Count the work of the native weight gradient of the weighted batch."""
     multiply_adds = prod(g) * (x[1] // geometry.groups) * prod(geometry.kernel)
