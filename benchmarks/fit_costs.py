@@ -20,12 +20,12 @@ import torch
 from scipy.optimize import least_squares
 from tqdm import tqdm
 
+from pegrad.numerics import contract, squared_norms
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.conv.site import ConvWeight
 from pegrad.rules.costs import Rates, Work
 from pegrad.rules.linear import LinearWeight
 from pegrad.rules.site import Kernel, Site
-from pegrad.strategies.base import contract, squared_norms
 
 CONVOLUTIONS = [  # batch, C, D, size, kernel, stride
     (128, 3, 64, 32, 3, 1), (64, 16, 64, 32, 3, 1), (64, 64, 64, 32, 3, 1), (128, 64, 128, 16, 3, 1),
@@ -79,8 +79,10 @@ def measure(seconds: float) -> dict[str, list[tuple[Work, float]]]:
                 found[kernel.rates].append((work, best_time(partial(kernel.run, x, g), seconds)))
         rows = torch.randn(x.shape[0], *site.source.shape)
         moved = Work(0, moved=rows.numel())
-        found["reduce"].append((moved, best_time(partial(squared_norms, [rows]), seconds)))
-        found["contract"].append((moved, best_time(partial(contract, torch.rand(x.shape[0]), rows, None), seconds)))
+        found["reduce"].append((moved, best_time(partial(squared_norms, rows), seconds)))
+        found["contract"].append(
+            (moved, best_time(partial(contract, torch.rand(x.shape[0]), rows, None, rows.dtype), seconds))
+        )
     return found
 
 

@@ -13,12 +13,13 @@ from torch.func import functional_call
 
 import pegrad
 from cases import CASES
-from pegrad.clipping import Flat
+from pegrad.clipping import Flat, Grouping
+from pegrad.reductions.norms import SquaredNorms
 from pegrad.rules.bias import Bias, over_leading
 from pegrad.rules.costs import Work
 from pegrad.rules.gram import Squares
 from pegrad.rules.linear import LinearWeight
-from pegrad.strategies import Strategy
+from pegrad.strategies import Stacking
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
@@ -232,10 +233,10 @@ class TestPlantedFaults:
         """Catches: a strategy that gives no example any weight, and so agrees on all that it has."""
 
         class Careful(type(pegrad.STRATEGIES["naive"])):
-            def weighted_sum(self, problem, weighting):
+            def clipped_sum(self, problem, grouping):
                 mask = torch.arange(problem.batch_size) >= rows
-                sums, squares, values = super().weighted_sum(replace(problem, mask=mask), weighting)
-                return sums, squares.masked_fill(~mask, torch.inf), values
+                sums, squares, values = super().clipped_sum(replace(problem, mask=mask), grouping)
+                return sums, squares.masked_fill(~mask[:, None], torch.inf), values
 
         if rows == 1:
             report = pegrad.check(plain, PARAMS, BATCH, strategy=Careful())
@@ -250,8 +251,9 @@ class TestPlantedFaults:
         """Catches: a bound that all gradients exceed, or none."""
 
         class Otherwise(type(pegrad.STRATEGIES["naive"])):
-            def weighted_sum(self, problem, weighting):
-                return super().weighted_sum(problem, Weights(weighting.clip_norm))
+            def clipped_sum(self, problem, grouping):
+                (weighting,) = grouping.weightings
+                return super().clipped_sum(problem, Grouping(grouping.of, (Weights(weighting.clip_norm),)))
 
         @dataclass(frozen=True)
         class Weights(Flat):
@@ -267,9 +269,11 @@ class TestPlantedFaults:
         """Catches: a comparison in float64 only."""
 
         class Naive32(type(pegrad.STRATEGIES["naive"])):
-            def squared_norms(self, problem):
-                squares, values = super().squared_norms(problem)
-                return squares * (1.01 if problem.params[0].dtype == torch.float32 else 1), values
+            def reduce(self, problem, reduction):
+                answer, values = super().reduce(problem, reduction)
+                if isinstance(reduction, SquaredNorms) and problem.params[0].dtype == torch.float32:
+                    answer = [squares * 1.01 for squares in answer]
+                return answer, values
 
         with pytest.raises(pegrad.CheckError) as error:
             pegrad.check(plain, PARAMS, BATCH, strategy=Naive32())
@@ -279,7 +283,7 @@ class TestPlantedFaults:
         assert 1e-3 < row.errors[1] < 1e-1
 
 
-class Rows(Strategy):
+class Rows(Stacking):
     """The loop, and then something wrong with its rows."""
 
     def __init__(self, spoil):
@@ -343,9 +347,11 @@ class TestRandomLosses:
         """Catches: random losses compared one example at a time only."""
 
         class Coupled(Rows):
-            def squared_norms(self, problem):
-                squares, values = super().squared_norms(problem)
-                return squares.mean(0, keepdim=True).expand_as(squares), values
+            def reduce(self, problem, reduction):
+                answer, values = super().reduce(problem, reduction)
+                if isinstance(reduction, SquaredNorms):
+                    answer = [squares.mean(0, keepdim=True).expand_as(squares) for squares in answer]
+                return answer, values
 
         with pytest.raises(pegrad.CheckError, match=r"norms \(wrong\)"):
             pegrad.check(dropping, PARAMS, BATCH, strategy=Coupled(lambda g: g))

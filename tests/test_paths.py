@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import oracle
 import pegrad
 from pegrad.call import Call
-from pegrad.clipping import Flat
-from pegrad.strategies.base import Problem
+from pegrad.clipping import Flat, Grouping
+from pegrad.problem import Problem
 from pegrad.strategies.paths import by_path
 from pegrad.tracing.questions import Split
 
@@ -282,7 +282,8 @@ def test_the_dtype_of_a_sum_is_that_of_all_rows(strategy):
     assert out(params, batch).grads["w"].dtype == torch.float64
     assert out(params, batch[:200]).grads["w"].dtype == torch.float32
     problem = Call.of(lambda p, x: (x * p["w"]).sum() * (1 if x[0] > 0 else 2), params, batch, None).problem
-    for path in by_path(problem, lambda part: pegrad.STRATEGIES[strategy].weighted_sum(part, Flat(1.0))):
+    grouping = Grouping.flat(1, Flat(1.0))
+    for path in by_path(problem, lambda part: pegrad.STRATEGIES[strategy].clipped_sum(part, grouping)):
         assert path.answer[0][0].dtype == torch.float64
 
 

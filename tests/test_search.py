@@ -110,8 +110,8 @@ def test_the_search_can_find_something():
     """Catches: attacks that attack nothing: without the guards they must succeed."""
 
     class Careless(pegrad.Vmap):
-        def weighted_sum(self, problem, weighting):
-            sums, squares, values = super().weighted_sum(problem, weighting)
+        def clipped_sum(self, problem, grouping):
+            sums, squares, values = super().clipped_sum(problem, grouping)
             return [leaf + leaf for leaf in sums], squares, values
 
     attack = hostile.ATTACKS["a_constant_image"]()

@@ -33,7 +33,7 @@ from pegrad.rules.conv import KERNELS
 from pegrad.rules.operation import operation
 from pegrad.rules.site import Kernel, Site
 from pegrad.statistics import Moments, gradient_gram, gradient_moments, gradient_noise_scale, per_example_dot
-from pegrad.strategies import STRATEGIES, Auto, BookKeeping, Ghost, GroupedConv, Naive, Strategy, Vmap
+from pegrad.strategies import STRATEGIES, Auto, BookKeeping, Ghost, GroupedConv, Naive, Stacking, Strategy, Vmap
 
 __version__ = "0.2.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "PegradError",
     "PerExample",
     "Site",
+    "Stacking",
     "State",
     "Step",
     "Strategy",

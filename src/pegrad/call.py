@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pegrad import trees
-from pegrad.errors import ArgumentError, LeafError, LossError
-from pegrad.strategies.base import Problem, Values
+from pegrad.errors import LeafError, LossError
+from pegrad.problem import Problem, Values
 from pegrad.tracing.loss import FlatLoss
 from pegrad.trees import PyTree
 
@@ -52,6 +52,11 @@ class Call:
         flat = FlatLoss(loss, params_spec, batch_spec)
         versions = [leaf._version for leaf in (*leaves, *rows)]
         return cls(Problem(flat, leaves, rows, mask, rows[0].shape[0]), flat, params_spec, size, versions)
+
+    @property
+    def examples(self) -> int:
+        """Number of rows that are no padding."""
+        return self.size if self.problem.mask is None else int(self.problem.mask.sum())
 
     def chunks(self, size: int | None) -> Iterator[Problem]:
         """Split the rows into chunks of at most `size`; None: one chunk."""
@@ -99,9 +104,3 @@ class Call:
         """Join the chunks' aux into what the loss returned, each leaf `(B, ...)`, 0 for padding."""
         columns = zip(*(values.aux for values in parts), strict=True)
         return self.loss.unflatten_aux([self.rows(column) for column in columns])
-
-
-def check_size(name: str, size: int | None) -> None:
-    """Raise `ArgumentError` unless `size` is None or a whole number >= 1."""
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise ArgumentError(f"Expected {name} to be None or a whole number >= 1, got {name}={size}")

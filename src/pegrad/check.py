@@ -5,7 +5,7 @@ from math import isnan
 import torch
 
 from pegrad import trees
-from pegrad.call import check_size
+from pegrad._validate import check_size
 from pegrad.checking.compare import Errors, Subject, compare, compare_random, distance_of, dtype_name, worse
 from pegrad.checking.loop import Loop
 from pegrad.checking.report import CheckReport, LeafCheck

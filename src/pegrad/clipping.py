@@ -1,29 +1,16 @@
 """Clipping: from each example's gradient norm to its weight in the sum, and what that makes of the sensitivity."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pegrad.errors import ArgumentError
-
-_LEAST, _GREATEST = 1e-9, 1e9
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise `ArgumentError` unless `value` is a finite number above zero."""
-    if not 0 < value < float("inf"):
-        raise ArgumentError(f"Expected {name} to be a finite number > 0, got {name}={value}")
-
-
-def check_scale(name: str, value: float) -> None:
-    """Raise `ArgumentError` unless `value` is a number that float32 gradients can be measured by."""
-    if not _LEAST <= value <= _GREATEST:
-        raise ArgumentError(
-            f"Expected {name} to be between {_LEAST:g} and {_GREATEST:g}, got {name}={value}: beyond, float32 "
-            "gradients vanish or overflow. Scale the loss instead"
-        )
+from pegrad import trees
+from pegrad._validate import check_scale
+from pegrad.numerics import contract
+from pegrad.tracing.batched import transformed
+from pegrad.trees import PyTree
 
 
 def clip_weights(squared_norms: Tensor, clip_norm: float, mask: Tensor | None = None) -> Tensor:
@@ -50,7 +37,7 @@ def clip_weights(squared_norms: Tensor, clip_norm: float, mask: Tensor | None = 
 
 
 class Weighting(Protocol):
-    """From norms to weights, and what an example can move a sum by that has those weights."""
+    """From the norms of a clipping group's gradients to their weights, and what a weighted one amounts to at most."""
 
     @property
     def clip_norm(self) -> float:
@@ -64,29 +51,121 @@ class Weighting(Protocol):
         """Weigh the examples, `(B,)`; zero for padding and where the squared norm is not finite."""
 
 
+class Grouping(NamedTuple):
+    """Which leaves are clipped together, and how each group's norms become weights."""
+
+    of: tuple[int, ...]
+    """For each leaf its group."""
+    weightings: tuple[Weighting, ...]
+    """For each group."""
+    names: tuple[str, ...] | None = None
+    """For each group; None: there is one, of all leaves."""
+
+    @classmethod
+    def flat(cls, leaves: int, weighting: Weighting) -> "Grouping":
+        """Clip all leaves together."""
+        return cls((0,) * leaves, (weighting,))
+
+    def over(self, divisor: float) -> "Grouping":
+        """Divide the weighted sum by a public constant."""
+        return self if divisor == 1 else self._replace(weightings=tuple(Over(w, divisor) for w in self.weightings))
+
+
+class Clipping(Protocol):
+    """How gradients are clipped: a value."""
+
+    @property
+    def sensitivity(self) -> float:
+        """What the norm of one example's clipped gradient over all leaves is at most."""
+
+    def grouping(self, params: PyTree) -> Grouping:
+        """Say which leaves are clipped together."""
+
+
 @dataclass(frozen=True)
 class Flat:
-    """One clip norm for the gradient over all leaves together, and a public constant to divide by.
+    """One clip norm for the gradient over all leaves together.
+
+    Args:
+        clip_norm: bound C on the Euclidean norm.
 
     Raises:
-        ArgumentError: a number is not between 1e-9 and 1e9.
+        ArgumentError: it is not between 1e-9 and 1e9.
+
+    Source: Abadi et al. 2016, Algorithm 1.
     """
 
     clip_norm: float
-    normalize_by: float = 1.0
 
     def __post_init__(self) -> None:
         check_scale("clip_norm", self.clip_norm)
-        check_scale("normalize_by", self.normalize_by)
 
     @property
     def bound(self) -> float:
-        """See `Weighting.bound`: `clip_norm / normalize_by`."""
-        return self.clip_norm / self.normalize_by
+        """See `Weighting.bound`."""
+        return self.clip_norm
+
+    sensitivity = bound
 
     def weights(self, squared_norms: Tensor, mask: Tensor | None) -> Tensor:
-        """Clip and normalise in one: dividing the sum itself would take a second copy of it."""
-        return clip_weights(squared_norms, self.clip_norm, mask) / self.normalize_by
+        """See `Weighting.weights`."""
+        return clip_weights(squared_norms, self.clip_norm, mask)
+
+    def grouping(self, params: PyTree) -> Grouping:
+        """See `Clipping.grouping`."""
+        return Grouping.flat(len(trees.leaves(params)), self)
+
+
+@dataclass(frozen=True)
+class Over:
+    """A weighting whose sum is divided by a public constant.
+
+    In one with the weights: dividing the sum itself would take a second copy of it.
+    """
+
+    weighting: Weighting
+    divisor: float
+
+    @property
+    def clip_norm(self) -> float:
+        """See `Weighting.clip_norm`."""
+        return self.weighting.clip_norm
+
+    @property
+    def bound(self) -> float:
+        """See `Weighting.bound`."""
+        return self.weighting.bound / self.divisor
+
+    def weights(self, squared_norms: Tensor, mask: Tensor | None) -> Tensor:
+        """See `Weighting.weights`."""
+        return self.weighting.weights(squared_norms, mask) / self.divisor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one clipping group's gradients, example by example."""
+
+    values: Tensor
+    """`(B,)`"""
+    bad: Tensor | None
+    """`(B,)`, boolean: rows to leave out, as zero times what they hold might not be zero; None: no such row."""
+    bound: float
+    """See `Weighting.bound`."""
+
+    @classmethod
+    def of(cls, weighting: Weighting, squares: Tensor, mask: Tensor | None) -> "Weights":
+        """Weigh the examples by their squared norms `(B,)`, float64."""
+        values = weighting.weights(squares, mask)
+        finite = not transformed() and bool(torch.isfinite(squares).all())
+        return cls(values, None if finite else values == 0, weighting.bound)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Weights":
+        """Take some examples' weights."""
+        return Weights(self.values[rows], None if self.bad is None else self.bad[rows], self.bound)
+
+    def contract(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum rows `(B, ...)` by weight, in that dtype or one as wide: see `pegrad.numerics.contract`."""
+        return contract(self.values, rows, self.bad, dtype)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pegrad import random, trees
-from pegrad.clipping import check_positive
+from pegrad._validate import check_positive
 from pegrad.errors import ArgumentError
 from pegrad.numerics import accumulator
 from pegrad.per_example import ClippedGrad, Loss, clipped_grad

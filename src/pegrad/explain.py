@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from pegrad import trees
-from pegrad.call import Call, check_size
+from pegrad._validate import check_size
+from pegrad.call import Call
 from pegrad.errors import ArgumentError
 from pegrad.per_example import Loss
 from pegrad.plan.candidates import Candidate, Shaped, candidates, stack_name, timing_key
 from pegrad.plan.plan import Plan
+from pegrad.problem import Leaves, Problem
 from pegrad.rules.site import Kernel, Site
 from pegrad.strategies import BookKeeping, Strategy, resolve
 from pegrad.strategies.auto import Auto
-from pegrad.strategies.base import Leaves, Problem
 from pegrad.strategies.failures import attributed
 from pegrad.strategies.fallback import cause, most_paths, try_the_loop
 from pegrad.strategies.paths import by_path
@@ -131,7 +132,7 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
 
 
 class _Uses:
-    """A reduction that computes nothing, and notes which uses come in."""
+    """A receiver that computes nothing, and notes which uses come in."""
 
     def __init__(self, trace: Trace, chosen: Traced, problem: Problem, paths: list[str]) -> None:
         self.plan = Plan(trace, chosen.choose if chosen.keeps else chosen.choose_norm, problem.sum_rows)
@@ -142,11 +143,11 @@ class _Uses:
         self._entered: set[int] = set()
 
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
-        """See `Reduction.receive`."""
+        """See `Receiver.receive`."""
         self._entered |= {id(site) for site in tapped.sites}
 
     def receive_copies(self, grads: Leaves) -> None:
-        """See `Reduction.receive_copies`."""
+        """See `Receiver.receive_copies`."""
 
     def unused(self) -> tuple[str, ...]:
         """Return the paths of the leaves that the loss does not depend on."""

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from pegrad import trees
-from pegrad.call import Call, check_size
-from pegrad.clipping import Flat
+from pegrad._validate import check_scale, check_size
+from pegrad.call import Call
+from pegrad.clipping import Clipping, Flat
 from pegrad.numerics import accumulator
+from pegrad.problem import Leaves
+from pegrad.reductions.norms import SquaredNorms
+from pegrad.reductions.stack import Stack
 from pegrad.strategies import Strategy, resolve
-from pegrad.strategies.base import Leaves
 from pegrad.strategies.failures import attributed
 from pegrad.strategies.paths import ByPath
 from pegrad.tracing.eager import eager
@@ -110,7 +113,7 @@ def per_example_value_and_grad(
     def values_and_grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PerExample:
         call = Call.of(loss, params, batch, mask)
         with attributed(chosen, call.problem):
-            answers = [ByPath(chosen).stacked(chunk) for chunk in call.chunks(chunk_size)]
+            answers = [ByPath(chosen).reduce(chunk, Stack()) for chunk in call.chunks(chunk_size)]
         grads, values = zip(*answers, strict=True)
         leaves = [call.rows(parts) for parts in zip(*grads, strict=True)]
         return PerExample(trees.unflatten(call.params, leaves), call.losses(values), call.aux(values))
@@ -142,8 +145,8 @@ def per_example_norm(
     def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
         call = Call.of(loss, params, batch, mask)
         with attributed(chosen, call.problem):
-            squares = [ByPath(chosen).squared_norms(chunk)[0] for chunk in call.chunks(chunk_size)]
-        return _norms(call, squares)
+            answers = [ByPath(chosen).reduce(chunk, SquaredNorms())[0] for chunk in call.chunks(chunk_size)]
+        return _norms(call, [squares for (squares,) in answers])[0]
 
     return norms
 
@@ -178,9 +181,10 @@ def clipped_grad(
 
     Source: Abadi et al. 2016, Algorithm 1.
     """
-    clipping = Flat(clip_norm, normalize_by)
+    clipping = Flat(clip_norm)
+    check_scale("normalize_by", normalize_by)
     check_size("microbatch_size", microbatch_size)
-    return ClippedGrad(loss, clipping, resolve(strategy), microbatch_size)
+    return ClippedGrad(loss, clipping, resolve(strategy), microbatch_size, normalize_by)
 
 
 @dataclass(frozen=True)
@@ -194,14 +198,15 @@ class ClippedGrad:
     """
 
     loss: Loss
-    clipping: Flat
+    clipping: Clipping
     strategy: Strategy
-    microbatch_size: int | None
+    microbatch_size: int | None = None
+    normalize_by: float = 1.0
 
     @property
     def sensitivity(self) -> float:
-        """How far one example, added or removed, can move the value: `clip_norm / normalize_by`."""
-        return self.clipping.bound
+        """How far one example, added or removed, can move the value: the clipping's own over `normalize_by`."""
+        return self.clipping.sensitivity / self.normalize_by
 
     @eager
     def __call__(self, params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Clipped:
@@ -220,19 +225,21 @@ class ClippedGrad:
             LossError: the loss is no scalar function of one example.
         """
         call = Call.of(self.loss, params, batch, mask)
+        grouping = self.clipping.grouping(params)
         sums = _Accumulator(call)
         squares, values = [], []
         for chunk in call.chunks(self.microbatch_size):
             with attributed(self.strategy, chunk):
-                parts, norms, value = ByPath(self.strategy).weighted_sum(chunk, self.clipping)
+                parts, norms, value = ByPath(self.strategy).clipped_sum(chunk, grouping.over(self.normalize_by))
             sums.add(parts)
             squares.append(norms)
             values.append(value)
-        non_finite = call.rows([~torch.isfinite(norms) for norms in squares]).sum()
+        norms = _norms(call, squares)
+        non_finite = call.rows([~torch.isfinite(norms).all(1) for norms in squares]).sum()
         return Clipped(
             trees.unflatten(call.params, sums.total()),
             call.losses(values),
-            _norms(call, squares),
+            norms[0] if grouping.names is None else norms,
             call.aux(values),
             non_finite,
         )
@@ -262,4 +269,5 @@ _FEW = 8
 
 
 def _norms(call: Call, squares: list[Tensor]) -> Tensor:
-    return call.rows(squares).clamp(min=0).sqrt().to(accumulator(call.problem.params[0].dtype))
+    """Join the chunks' squared norms `(b, G)`, and take the roots: `(G, B)`, 0 for padding."""
+    return call.rows(squares).T.clamp(min=0).sqrt().to(accumulator(call.problem.params[0].dtype))

@@ -1,38 +1,30 @@
 """Other questions to the same pass: inner products, second moments and the noise scale of per-example gradients.
 
 None of them holds more than one parameter leaf's stacked gradients, and where a rule knows better, not even those;
-unless the examples take different paths through the loss, or only the loop can run it: then they are stacked. The
-answers are constants to any further differentiation.
+unless the examples take different paths through the loss, or only the loop can run it: then they are stacked. Under
+`auto`, `book_keeping` and `ghost` the answers are constants to any further differentiation.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pegrad import trees
 from pegrad.call import Call
-from pegrad.clipping import Unclipped
+from pegrad.clipping import Grouping, Unclipped
 from pegrad.errors import ArgumentError, LeafError
-from pegrad.numerics import accumulator, widen
+from pegrad.numerics import accumulator
 from pegrad.per_example import Loss
-from pegrad.plan.uses import ParameterUses
+from pegrad.problem import Leaves
+from pegrad.reductions import moments, products
 from pegrad.reductions.base import Reduction
-from pegrad.reductions.leaves import LeafAccumulator, stack_rows
-from pegrad.reductions.stack import StackedGradients
-from pegrad.strategies import Auto, BookKeeping
-from pegrad.strategies.base import Leaves, Problem
+from pegrad.strategies import Strategy, resolve
 from pegrad.strategies.failures import attributed
-from pegrad.strategies.fallback import cause
+from pegrad.strategies.paths import ByPath
 from pegrad.tracing.eager import eager
-from pegrad.tracing.generators import Generators
-from pegrad.tracing.questions import Split
-from pegrad.tracing.trace import Tapped, Trace
 from pegrad.trees import PyTree
-
-R = TypeVar("R", bound=Reduction)
 
 
 class Moments(NamedTuple):
@@ -44,7 +36,7 @@ class Moments(NamedTuple):
     """Like the parameters: unbiased, so NaN for one example."""
 
 
-def per_example_dot(loss: Loss) -> Callable[..., Tensor]:
+def per_example_dot(loss: Loss, *, strategy: str | Strategy = "auto") -> Callable[..., Tensor]:
     """Make a function that returns each example's inner product of its gradient with a direction.
 
     An operation that is linear in its parameter is run once more with the direction in the parameter's place;
@@ -52,17 +44,19 @@ def per_example_dot(loss: Loss) -> Callable[..., Tensor]:
 
     Args:
         loss: as for `pegrad.per_example_grad`.
+        strategy: as for `pegrad.per_example_grad`.
 
     Returns:
-        `(params, batch, direction) -> dots`, `(B,)`; `direction` is a pytree like `params`.
+        `(params, batch, direction, mask=None) -> dots`, `(B,)`, 0 for padding; `direction` is a pytree like `params`.
 
     Raises:
         LeafError, LossError: on a call, as `pegrad.per_example_grad`, or a direction unlike the parameters.
     """
+    chosen = resolve(strategy)
 
     @eager
-    def dots(params: PyTree, batch: PyTree, direction: PyTree) -> Tensor:
-        call = Call.of(loss, params, batch, None)
+    def dots(params: PyTree, batch: PyTree, direction: PyTree, mask: Tensor | None = None) -> Tensor:
+        call = Call.of(loss, params, batch, mask)
         vectors, spec = trees.flatten(direction)
         shapes = [leaf.shape for leaf in call.problem.params]
         if spec != call.params or [v.shape for v in vectors] != shapes:
@@ -71,78 +65,67 @@ def per_example_dot(loss: Loss) -> Callable[..., Tensor]:
             vector.detach().to(accumulator(leaf.dtype))
             for vector, leaf in zip(vectors, call.problem.params, strict=True)
         ]
-        found = _ask(call.problem, partial(_Dots, vectors=vectors))
-        if isinstance(found, _Dots):
-            return call.rows([found.total])
-        parts = [rows.reshape(len(rows), -1) @ v.flatten() for rows, v in zip(found, vectors, strict=True)]
-        return call.rows([torch.stack(parts).sum(0)])
+        (found,) = _ask(chosen, call, products.Dots(vectors))
+        return call.rows([found])
 
     return dots
 
 
-def gradient_gram(loss: Loss) -> Callable[..., Tensor]:
+def gradient_gram(loss: Loss, *, strategy: str | Strategy = "auto") -> Callable[..., Tensor]:
     """Make a function that returns all inner products of a batch's gradients: the empirical neural tangent kernel.
 
     Args:
         loss: as for `pegrad.per_example_grad`; for the tangent kernel of a scalar network, the network itself.
+        strategy: as for `pegrad.per_example_grad`.
 
     Returns:
-        `(params, batch) -> gram`, `(B, B)`, symmetric; its diagonal holds the squared norms.
+        `(params, batch, mask=None) -> gram`, `(B, B)`, symmetric, 0 for padding; its diagonal holds the squared norms.
 
     Raises:
         LeafError, LossError: on a call, as `pegrad.per_example_grad`.
 
     Source: Jacot, Gabriel & Hongler 2018.
     """
+    chosen = resolve(strategy)
 
     @eager
-    def gram(params: PyTree, batch: PyTree) -> Tensor:
-        call = Call.of(loss, params, batch, None)
-        found = _ask(call.problem, _Gram)
+    def gram(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
+        call = Call.of(loss, params, batch, mask)
+        (found,) = _ask(chosen, call, products.Gram())
         call.check()
-        if isinstance(found, _Gram):
-            return found.total[: call.size, : call.size]
-        flat = [widen(rows).reshape(len(rows), -1)[: call.size] for rows in found]
-        return torch.stack([rows @ rows.T for rows in flat]).sum(0)
+        return found[: call.size, : call.size]
 
     return gram
 
 
-def gradient_moments(loss: Loss) -> Callable[..., Moments]:
+def gradient_moments(loss: Loss, *, strategy: str | Strategy = "auto") -> Callable[..., Moments]:
     """Make a function that returns mean and variance of a batch's gradients, number by number.
 
     Args:
         loss: as for `pegrad.per_example_grad`.
+        strategy: as for `pegrad.per_example_grad`.
 
     Returns:
-        `(params, batch) -> Moments`, for a batch of at least one example.
+        `(params, batch, mask=None) -> Moments`, for a batch of at least one example.
 
     Raises:
         ArgumentError: on a call with an empty batch.
         LeafError, LossError: on a call, as `pegrad.per_example_grad`.
     """
+    chosen = resolve(strategy)
 
     @eager
-    def moments(params: PyTree, batch: PyTree) -> Moments:
-        call = _call_of_some(loss, params, batch, least=1)
-        zeros = [torch.zeros_like(leaf).detach() for leaf in call.problem.params]
-        mean, variance = list(zeros), list(zeros)
-
-        def visit(leaf: int, rows: Tensor) -> None:
-            mean[leaf] = rows.mean(0)
-            variance[leaf] = (rows - mean[leaf]).square().sum(0) / (len(rows) - 1 or float("nan"))
-
-        found = _ask(call.problem, partial(StackedGradients, visit=visit))
-        if not isinstance(found, StackedGradients):
-            for leaf, rows in enumerate(found):
-                visit(leaf, rows)
+    def of_batch(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Moments:
+        call = _call_of_some(loss, params, batch, mask, least=1)
+        found = _ask(chosen, call, moments.Moments())
         call.check()
-        return Moments(trees.unflatten(call.params, mean), trees.unflatten(call.params, variance))
+        leaves = len(call.problem.params)
+        return Moments(trees.unflatten(call.params, found[:leaves]), trees.unflatten(call.params, found[leaves:]))
 
-    return moments
+    return of_batch
 
 
-def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
+def gradient_noise_scale(loss: Loss, *, strategy: str | Strategy = "auto") -> Callable[..., Tensor]:
     """Make a function that estimates the batch size at which a gradient is as much signal as noise.
 
     It is the trace of the gradients' covariance over the squared norm of the true gradient, both estimated without
@@ -151,9 +134,10 @@ def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
 
     Args:
         loss: as for `pegrad.per_example_grad`.
+        strategy: as for `pegrad.per_example_grad`.
 
     Returns:
-        `(params, batch) -> scale`, a scalar in examples, >= 0, for a batch of at least two examples.
+        `(params, batch, mask=None) -> scale`, a scalar in examples, >= 0, for a batch of at least two examples.
 
     Raises:
         ArgumentError: on a call with fewer than two examples.
@@ -161,15 +145,16 @@ def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
 
     Source: McCandlish, Kaplan & Amodei 2018, the "simple" noise scale.
     """
+    chosen = resolve(strategy)
 
     @eager
-    def scale(params: PyTree, batch: PyTree) -> Tensor:
-        call = _call_of_some(loss, params, batch, least=2)
-        size = call.size
-        strategy = Auto()
-        with attributed(strategy, call.problem):
-            sums, squares, _ = strategy.weighted_sum(call.problem, Unclipped())
-        call.check()
+    def scale(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
+        call = _call_of_some(loss, params, batch, mask, least=2)
+        size = call.examples
+        grouping = Grouping.flat(len(call.problem.params), Unclipped())
+        with attributed(chosen, call.problem):
+            sums, squares, _ = ByPath(chosen).clipped_sum(call.problem, grouping)
+        squares = call.rows([squares])
         of_mean = torch.stack([total.square().sum() for total in sums]).sum() / size**2
         covariance = (squares.sum() - size * of_mean) / (size - 1)
         signal = of_mean - covariance / size
@@ -178,83 +163,13 @@ def gradient_noise_scale(loss: Loss) -> Callable[..., Tensor]:
     return scale
 
 
-def _ask(problem: Problem, make: Callable[[Trace], R]) -> R | Leaves:
-    """Run one pass to a reduction; or stack the gradients, where examples part ways or nothing but the loop can."""
-    start = Generators.now()
-    with attributed(Auto(), problem):
-        try:
-            return BookKeeping().run(problem, make)[1]
-        except Split:
-            pass
-        except Exception as error:
-            if cause(error) is None:
-                raise
-        start.restore()
-        return [widen(rows) for rows in Auto().stacked(problem)[0]]
+def _ask(strategy: Strategy, call: Call, reduction: Reduction) -> Leaves:
+    with attributed(strategy, call.problem):
+        return ByPath(strategy).reduce(call.problem, reduction)[0]
 
 
-class _Dots:
-    """Adds up inner products with one vector for each leaf."""
-
-    def __init__(self, trace: Trace, vectors: list[Tensor]) -> None:
-        self._trace = trace
-        self._vectors = vectors
-        self._of_source = {id(leaf): vector for leaf, vector in zip(trace.params, vectors, strict=True)}
-        self._leaves = LeafAccumulator(trace, ParameterUses.of(trace))
-        self.total = torch.zeros_like(trace.losses).detach()
-
-    def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
-        x, g = widen(x), widen(g)
-        for site in tapped.sites:
-            vector = self._of_source.get(id(site.source))
-            y = None if vector is None else site.apply(x, vector)
-            if y is None:
-                self._add(self._leaves.add(site.source, stack_rows(site, x, g)))
-            else:
-                self.total = self.total + (y * g).reshape(len(self.total), -1).sum(1)
-
-    def receive_copies(self, grads: list[Tensor]) -> None:
-        for copies, grad in zip(self._trace.copies, grads, strict=True):
-            self._add(self._leaves.add(copies.source, grad))
-        self._add(self._leaves.rest())
-
-    def _add(self, complete: Iterator[tuple[int, Tensor]]) -> None:
-        for leaf, rows in complete:
-            self.total = self.total + rows.reshape(len(rows), -1) @ self._vectors[leaf].flatten()
-
-
-class _Gram:
-    """Adds up the Gram matrices of the leaves' gradients."""
-
-    def __init__(self, trace: Trace) -> None:
-        self._trace = trace
-        self._uses = ParameterUses.of(trace)
-        self._leaves = LeafAccumulator(trace, self._uses)
-        batch = len(trace.losses)
-        self.total = trace.losses.new_zeros(batch, batch).detach()
-
-    def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
-        x, g = widen(x), widen(g)
-        for site in tapped.sites:
-            pairs = site.pairs(x, g) if self._uses.alone(site.source) else None
-            if pairs is None:
-                self._add(self._leaves.add(site.source, stack_rows(site, x, g)))
-            else:
-                self.total = self.total + pairs
-
-    def receive_copies(self, grads: list[Tensor]) -> None:
-        for copies, grad in zip(self._trace.copies, grads, strict=True):
-            self._add(self._leaves.add(copies.source, grad))
-        self._add(self._leaves.rest())
-
-    def _add(self, complete: Iterator[tuple[int, Tensor]]) -> None:
-        for _, rows in complete:
-            flat = widen(rows).reshape(len(rows), -1)
-            self.total = self.total + flat @ flat.T
-
-
-def _call_of_some(loss: Loss, params: PyTree, batch: PyTree, least: int) -> Call:
-    call = Call.of(loss, params, batch, None)
-    if call.size < least:
-        raise ArgumentError(f"Expected a batch of at least {least} examples, got {call.size}")
+def _call_of_some(loss: Loss, params: PyTree, batch: PyTree, mask: Tensor | None, least: int) -> Call:
+    call = Call.of(loss, params, batch, mask)
+    if call.examples < least:
+        raise ArgumentError(f"Expected a batch of at least {least} examples, got {call.examples}")
     return call

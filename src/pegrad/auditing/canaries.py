@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pegrad import trees
+from pegrad._validate import check_positive
 from pegrad.auditing.bounds import check_test
 from pegrad.auditing.guesses import OneRun, check_included, one_run
-from pegrad.clipping import check_positive
 from pegrad.dp_sgd import _pure_update
 from pegrad.errors import ArgumentError, LeafError
 from pegrad.optim import GradientTransformation

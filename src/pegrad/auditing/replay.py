@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pegrad import trees
+from pegrad._validate import check_positive
 from pegrad.auditing.canaries import Batch, recorded
-from pegrad.clipping import check_positive
 from pegrad.trees import PyTree
 
 # What the guarantee of `pegrad.ClippedGrad` leaves to rounding, relative to the sensitivity.

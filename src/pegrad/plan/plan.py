@@ -99,6 +99,7 @@ class Plan:
         trace: the trace that will be run backward.
         choose: picks kernels.
         rows: how many rows will be summed in all: see `Problem.sum_rows`.
+        apart: for each leaf the clipping group that it is in; None: all are in one.
 
     Attributes:
         uses: where each use comes from.
@@ -107,8 +108,9 @@ class Plan:
         stacked: how many uses of each leaf are stacked.
     """
 
-    def __init__(self, trace: Trace, choose: Choose, rows: int = 1) -> None:
+    def __init__(self, trace: Trace, choose: Choose, rows: int = 1, apart: Sequence[int] | None = None) -> None:
         self.uses = ParameterUses.of(trace)
+        self._apart = apart
         self.of: dict[int, Group] = {}
         places = _places(trace, self.uses)
         members: dict[Any, Group] = defaultdict(lambda: Group("stacked"))
@@ -123,6 +125,10 @@ class Plan:
             self._settle(group, [places[id(source)] for source in group.sources if id(source) in places], rows)
             if group.way == "joint" and group.sites:
                 group.choice = choose(group.shaped(trace.losses.shape[0]))
+
+    def leaf(self, source: Tensor) -> int:
+        """Return a leaf that a source was made of."""
+        return next(iter(self.uses.leaves(source)))
 
     def _settle(self, group: Group, places: Sequence[tuple[int, Place]], rows: int) -> None:
         """Decide how a group's gradients are found."""
@@ -148,7 +154,8 @@ class Plan:
         kinds = {site.kind(tapped.x, tapped.y) for site, tapped in group.sites}
         one = len(group.sites) == 1 or (len(kinds) == 1 and None not in kinds)
         bounded = all(site.bounded for site, _ in group.sites)
-        return sole and exact and one and bounded and not group.copies
+        together = self._apart is None or len({self._apart[leaf] for leaf in line.leaves}) == 1
+        return sole and exact and one and bounded and together and not group.copies
 
 
 def _places(trace: Trace, uses: ParameterUses) -> dict[int, tuple[int, Place]]:

@@ -33,11 +33,11 @@ class Grouped(ABC):
         """Enter the uses of a group that is not stacked, those of one kind taken for one."""
 
     @abstractmethod
-    def enter_stacked(self, source: Tensor, stacked: Tensor) -> None:
-        """Enter gradients at a source that is a leaf, or an isometric part of one: `(B, *source.shape)`."""
+    def enter_stacked(self, leaf: int, source: Tensor, stacked: Tensor) -> None:
+        """Enter gradients at a leaf, or an isometric part of it: `(B, *source.shape)`."""
 
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
-        """See `Reduction.receive`."""
+        """See `Receiver.receive`."""
         x, g = widen(x), widen(g)
         for site in tapped.sites:
             group = self.plan.of[id(site.source)]
@@ -50,12 +50,12 @@ class Grouped(ABC):
                 self._hand_on(group)
 
     def receive_copies(self, grads: list[Tensor]) -> None:
-        """See `Reduction.receive_copies`."""
+        """See `Receiver.receive_copies`."""
         for copies, grad in zip(self.trace.copies, grads, strict=True):
             if self.plan.of[id(copies.source)].way == "stacked":
                 self._complete(self._stacked.add(copies.source, grad))
             else:
-                self.enter_stacked(copies.source, grad)
+                self.enter_stacked(self.plan.leaf(copies.source), copies.source, grad)
         self._complete(self._stacked.rest())
         for group in list(self._entered):  # the loss does not depend on some of their uses after all
             self._hand_on(group)
@@ -68,4 +68,4 @@ class Grouped(ABC):
 
     def _complete(self, complete: Iterator[tuple[int, Tensor]]) -> None:
         for leaf, rows in complete:
-            self.enter_stacked(self.trace.params[leaf], rows)
+            self.enter_stacked(leaf, self.trace.params[leaf], rows)

@@ -1,20 +1,16 @@
 """Gradients at the sources of uses, brought back to the leaves and added up there."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from pegrad.numerics import accumulator, squared_norms, widen
 from pegrad.plan.candidates import stack_kernel
-from pegrad.plan.plan import Plan
 from pegrad.plan.uses import ParameterUses
+from pegrad.problem import Leaves
 from pegrad.rules.site import Site
 from pegrad.tracing.trace import Trace
-
-Leaves = list[Tensor]
-Totals = Iterable[tuple[Tensor, Tensor]]
-"""Tensors, each with what is to be added to the gradient there."""
 
 
 class LeafAccumulator:
@@ -52,18 +48,39 @@ def stack_rows(site: Site, x: Tensor, g: Tensor) -> Tensor:
     return stack_kernel(site, x, g).run(x, g)
 
 
-def gather(trace: Trace, plan: Plan, totals: Totals, rows: int) -> Leaves:
-    """Bring gradients at sources back to the leaves and add them up, in the dtype of a sum of so many rows."""
-    index = {id(leaf): i for i, leaf in enumerate(trace.params)}
-    sums: dict[int, Tensor] = {}
-    for source, total in totals:
-        found = {index[id(source)]: total} if id(source) in index else _pull_total(trace, plan.uses, source, total)
+class LeafSums:
+    """Adds up, leaf by leaf, sums over the batch at the sources of uses.
+
+    Args:
+        trace: the trace whose leaves they are.
+        uses: where each use comes from.
+        rows: how many rows are summed in all, which decides the dtype.
+    """
+
+    def __init__(self, trace: Trace, uses: ParameterUses, rows: int) -> None:
+        self._trace = trace
+        self._uses = uses
+        self._rows = rows
+        self._index = {id(leaf): i for i, leaf in enumerate(trace.params)}
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, source: Tensor, total: Tensor) -> None:
+        """Bring a sum at a source back to the leaves, and add it there."""
+        if id(source) in self._index:
+            found = {self._index[id(source)]: total}
+        else:
+            found = _pull_total(self._trace, self._uses, source, total)
         for leaf, part in found.items():
-            sums[leaf] = sums[leaf] + part if leaf in sums else part
-    return [
-        sums[i] if i in sums else torch.zeros_like(leaf, dtype=accumulator(leaf.dtype, rows), requires_grad=False)
-        for i, leaf in enumerate(trace.params)
-    ]
+            self._sums[leaf] = self._sums[leaf] + part if leaf in self._sums else part
+
+    def leaves(self) -> Leaves:
+        """Return the sums, zero for the leaves that none came to."""
+        return [
+            self._sums[i]
+            if i in self._sums
+            else torch.zeros_like(leaf, dtype=accumulator(leaf.dtype, self._rows), requires_grad=False)
+            for i, leaf in enumerate(self._trace.params)
+        ]
 
 
 def _pull_total(trace: Trace, uses: ParameterUses, source: Tensor, total: Tensor) -> dict[int, Tensor]:

@@ -1,15 +1,15 @@
 """A site's weighted sum by one native batched product, the rows that would spoil it set apart."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from pegrad.clipping import Weighting
-from pegrad.numerics import BLOCK, contract, norm_bounds, squared_norms, take_rows, zero_rows
+from pegrad.clipping import Weights
+from pegrad.numerics import BLOCK, norm_bounds, squared_norms, take_rows, zero_rows
 from pegrad.plan.candidates import Candidate
 from pegrad.plan.parts import Outer, Part, inner
 from pegrad.reductions import rounding
@@ -43,57 +43,49 @@ class NativeSum:
     made: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     """`(leaf, indices of the rows apart, their gradients at the leaf)`"""
 
-    def totals(
-        self, parts: Sequence[Part], weights: Tensor, bad: Tensor | None, weighting: Weighting, dtype: torch.dtype
-    ) -> list[tuple[Tensor, Tensor]]:
+    def totals(self, parts: Sequence[Part], weights: Weights, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Sum: a list of tensors and what is to be added to the gradient at each of them.
 
         Args:
             parts: the uses of the parameter.
-            weights: `(B,)`.
-            bad: `(B,)`, boolean: rows to leave out; None: none.
-            weighting: where the weights come from.
+            weights: of the examples.
             dtype: of the sum.
         """
-        alone = torch.zeros_like(weights, dtype=torch.bool)
+        alone = torch.zeros_like(weights.values, dtype=torch.bool)
         for part, errors in zip(parts, self.errors, strict=True):
-            alone |= rounding.mistrusted_shares(weights, errors, weighting.bound, part.positions)
+            alone |= rounding.mistrusted_shares(weights.values, errors, weights.bound, part.positions)
         if self.apart is not None:
             alone &= ~self.apart
-        out = _either(bad, self.apart)
+        out = _either(weights.bad, self.apart)
         chosen = alone.nonzero().squeeze(1)
         if len(chosen):
             out = _either(out, alone)
-        total = self._products(parts, weights, out, weighting.bound, dtype)
+        total = self._products(parts, replace(weights, bad=out), dtype)
         if total is None:  # so large that it is made in float64 from beginning to end
             chosen = (torch.ones_like(alone) if self.apart is None else ~self.apart).nonzero().squeeze(1)
-            total = torch.zeros(self.source.shape, dtype=torch.float64, device=weights.device)
+            total = torch.zeros(self.source.shape, dtype=torch.float64, device=alone.device)
         if len(chosen):
-            total = (total.double() + self._exact_sum(parts, weights, bad, chosen)).to(dtype)
+            total = (total.double() + self._exact_sum(parts, weights, chosen)).to(dtype)
         result = [(self.source, total)]
         for leaf, rows, grads in self.made:
-            result.append((leaf, contract(weights[rows], grads, None if bad is None else bad[rows], dtype)))
+            result.append((leaf, weights[rows].contract(grads, dtype)))
         return result
 
-    def _products(
-        self, parts: Sequence[Part], weights: Tensor, out: Tensor | None, bound: float, dtype: torch.dtype
-    ) -> Tensor | None:
+    def _products(self, parts: Sequence[Part], weights: Weights, dtype: torch.dtype) -> Tensor | None:
         total: Tensor | None = None
         for part in parts:
-            summed = self._product(part, weights, out, bound, dtype)
+            summed = self._product(part, weights, dtype)
             if summed is None:
                 return None
             total = part.straight(summed) if total is None else total.add_(part.straight(summed))
         return total
 
-    def _product(
-        self, part: Part, weights: Tensor, out: Tensor | None, bound: float, dtype: torch.dtype
-    ) -> Tensor | None:
+    def _product(self, part: Part, weights: Weights, dtype: torch.dtype) -> Tensor | None:
         """Sum all rows but those left out, natively; None if the result cannot be trusted to its last places."""
-        batch, site, positions = len(weights), part.site, part.positions
+        batch, site, positions = len(weights.values), part.site, part.positions
         step = min(batch, site.rows_at_a_time(positions), _ROWS)
         several = part.g.shape[0] // batch
-        x, g = site.weigh(zero_rows(part.x, out), zero_rows(part.g, out), weights)
+        x, g = site.weigh(zero_rows(part.x, weights.bad), zero_rows(part.g, weights.bad), weights.values)
         native = site.summing(tuple(x.shape), tuple(g.shape))
         assert native is not None
         total: Tensor | None = None
@@ -103,14 +95,14 @@ class NativeSum:
             largest.append(_largest(summed))
             total = summed.to(dtype) if total is None else total.add_(summed)
         unsafe = rounding.mistrusted_sum(
-            largest, step * positions, g.dtype, bound / self.gain if self.gain else float("inf")
+            largest, step * positions, g.dtype, weights.bound / self.gain if self.gain else float("inf")
         )
         return None if unsafe else total
 
-    def _exact_sum(self, parts: Sequence[Part], weights: Tensor, bad: Tensor | None, rows: Tensor) -> Tensor:
-        total = torch.zeros(self.source.shape, dtype=torch.float64, device=weights.device)
-        for some, grads in exact_rows(parts, rows, len(weights)):
-            total += contract(weights[some], grads, None if bad is None else bad[some], torch.float64)
+    def _exact_sum(self, parts: Sequence[Part], weights: Weights, rows: Tensor) -> Tensor:
+        total = torch.zeros(self.source.shape, dtype=torch.float64, device=rows.device)
+        for some, grads in exact_rows(parts, rows, len(weights.values)):
+            total += weights[some].contract(grads, torch.float64)
         return total
 
 

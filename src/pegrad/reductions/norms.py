@@ -1,28 +1,55 @@
-"""Norms over all leaves, and the weighted sum: from what the norms kept, or in a second backward pass."""
+"""Norms of each clipping group, and the weighted sums: from what the norms kept, or in a second backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pegrad.clipping import Weighting
-from pegrad.numerics import accumulator, contract, squared_norms
+from pegrad.clipping import Grouping, Unclipped, Weights
+from pegrad.numerics import accumulator, squared_norms
 from pegrad.plan.candidates import Candidate, stack_kernel
 from pegrad.plan.parts import Part
 from pegrad.plan.plan import Choose, Group, Plan, shaped
+from pegrad.problem import Leaves, Problem
 from pegrad.reductions import rounding
+from pegrad.reductions.base import Reduction
 from pegrad.reductions.grouped import Grouped
-from pegrad.reductions.leaves import Leaves, Totals, gather, pull_rows, squares_of
+from pegrad.reductions.leaves import LeafSums, pull_rows, squares_of
 from pegrad.reductions.native import Magnitudes, NativeSum, guarded_norms, stacked_parts
 from pegrad.tracing.trace import Trace
 
-Finish = Callable[[Tensor, Tensor | None, Weighting], Totals]
-"""`(weights, bad rows or None, weighting) -> Totals`"""
+Finish = Callable[[Weights], Sequence[tuple[Tensor, Tensor]]]
+"""From weights to tensors, each with what is to be added to the gradient there."""
+
+
+class SquaredNorms(Reduction):
+    """The squared norm of each group's gradient: one tensor `(B, G)`, in float64.
+
+    Args:
+        groups: for each leaf its group; None: all are in one.
+    """
+
+    def __init__(self, groups: Sequence[int] | None = None) -> None:
+        self._groups = groups
+
+    def of_stacked(self, grads: Leaves, problem: Problem) -> Leaves:
+        """See `Reduction.of_stacked`."""
+        groups = self._groups or (0,) * len(grads)
+        zeros = torch.zeros(problem.batch_size, dtype=torch.float64, device=problem.device)
+        squares = [zeros] * (1 + max(groups))
+        for group, grad in zip(groups, grads, strict=True):
+            squares[group] = squares[group] + squared_norms(grad)
+        return [torch.stack(squares, 1)]
+
+    def receiver(self, trace: Trace, problem: Problem, choose: Choose) -> "Norms":
+        """See `Reduction.receiver`."""
+        groups = tuple(self._groups or (0,) * len(problem.params))
+        return Norms(trace, problem, choose, Grouping(groups, (Unclipped(),) * (1 + max(groups))))
 
 
 class Norms(Grouped):
-    """Squared norms over all leaves, and what the weighted sum will need.
+    """Squared norms of each clipping group, and what the weighted sum will need.
 
     The uses of one parameter find their norms together, by the kernels chosen for them. Where that cannot be, their
     gradients are stacked and added before the norm is taken.
@@ -32,70 +59,65 @@ class Norms(Grouped):
 
     Args:
         trace: the trace that will be run backward.
+        problem: what it is the trace of.
         choose: how norms are found.
-        floor: the norm below which nothing depends on it.
-        rows: how many rows will be summed in all: see `Problem.rows`.
-        keep: whether what `weighted_sum` needs is kept, so that no second backward pass is needed.
+        grouping: the clipping groups.
     """
 
-    def __init__(self, trace: Trace, choose: Choose, *, floor: float = 0.0, rows: int = 1, keep: bool = False) -> None:
-        super().__init__(trace, Plan(trace, choose, rows))
-        self.rows = rows
+    def __init__(self, trace: Trace, problem: Problem, choose: Choose, grouping: Grouping) -> None:
+        super().__init__(trace, Plan(trace, choose, problem.sum_rows, grouping.of))
+        self.grouping = grouping
+        self.rows = problem.sum_rows
         self.native: dict[Group, NativeSum] = {}
-        """For each group whose sum will be native, how."""
+        """For each group of uses whose sum will be native, how."""
         self._choose = choose
-        self._floor = floor
-        self._keep = keep
-        self._squares: list[Tensor] = []
-        self._sums: list[Finish] = []
+        start = torch.zeros(self.batch, dtype=torch.float64, device=problem.device)
+        self._squares = [start] * len(grouping.weightings)
 
     def squared_norms(self) -> Tensor:
-        """Return the squared norms, `(B,)`, in float64, once all is entered."""
-        start = torch.zeros(self.batch, dtype=torch.float64, device=self.trace.losses.device)
-        return sum(self._squares, start=start)
+        """Return the squared norms, `(B, G)`, in float64, once all is entered."""
+        return torch.stack(self._squares, 1)
 
-    def weighted_sum(self, weights: Tensor, bad: Tensor | None, weighting: Weighting) -> Leaves:
-        """Return the weighted sum for each leaf; what was kept for it is let go, use by use.
-
-        Args:
-            weights: `(B,)`.
-            bad: `(B,)`, boolean: rows that may not be finite, whose weight is zero; None: no such row.
-            weighting: where the weights come from.
-        """
-        totals: list[tuple[Tensor, Tensor]] = []
-        while self._sums:
-            totals += self._sums.pop()(weights, bad, weighting)
-        return gather(self.trace, self.plan, totals, self.rows)
+    def answer(self) -> Leaves:
+        """See `Receiver.answer`."""
+        return [self.squared_norms()]
 
     def enter(self, group: Group, parts: list[Part]) -> None:
         """See `Grouped.enter`."""
+        together = self.grouping.of[self.plan.leaf(group.source)]
         if group.way == "made":
-            self._enter_made(group, parts[0])
+            self._enter_made(group, parts[0], together)
             return
         choice = group.choice
         if choice is None or len(choice.kernels) != len(parts):  # some uses did not come in
             choice = self._choose(shaped(parts))
-        self._enter_joint(group, choice, parts)
+        self._enter_joint(group, choice, parts, together)
 
-    def enter_stacked(self, source: Tensor, stacked: Tensor) -> None:
+    def enter_stacked(self, leaf: int, source: Tensor, stacked: Tensor) -> None:
         """See `Grouped.enter_stacked`."""
-        self._squares.append(squared_norms(stacked))
-        if self._keep:
-            dtype = accumulator(stacked.dtype, self.rows)
-            self._sums.append(lambda weights, bad, weighting: [(source, contract(weights, stacked, bad, dtype))])
+        self._enter_rows(self.grouping.of[leaf], source, stacked)
 
-    def _enter_joint(self, group: Group, choice: Candidate, parts: list[Part]) -> None:
-        if not choice.keeps:
-            squares, shares = guarded_norms(choice, parts, self.batch, self._floor)
-            self._squares.append(squares)
-            self._sum_natively(group, NativeSum(group.source, shares), parts)
-        elif self._keep:  # the sum is one of stacked gradients
-            self.enter_stacked(group.source, next(stacked_parts(choice.kernels, parts, self.batch, self.batch)))
-        else:
-            pieces = stacked_parts(choice.kernels, parts, self.batch)
-            self._squares.append(torch.cat([squared_norms(rows) for rows in pieces]))
+    def measured(self, together: int, squares: Tensor, finish: Finish) -> None:
+        """Take note of the squared norms `(B,)` of a part of a clipping group, and of how its sum will be found."""
+        self._squares[together] = self._squares[together] + squares
 
-    def _enter_made(self, group: Group, part: Part) -> None:
+    def _enter_joint(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
+        if choice.keeps:  # the sum is one of stacked gradients
+            self._enter_kept(group, choice, parts, together)
+            return
+        squares, shares = guarded_norms(choice, parts, self.batch, self.grouping.weightings[together].clip_norm)
+        self._enter_native(group, NativeSum(group.source, shares), parts, together, squares)
+
+    def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
+        pieces = stacked_parts(choice.kernels, parts, self.batch)
+        self.measured(together, torch.cat([squared_norms(rows) for rows in pieces]), _unknown)
+
+    def _enter_rows(self, together: int, source: Tensor, stacked: Tensor) -> None:
+        dtype = accumulator(stacked.dtype, self.rows)
+        finish = lambda weights: [(source, weights.contract(stacked, dtype))]  # noqa: E731
+        self.measured(together, squared_norms(stacked), finish)
+
+    def _enter_made(self, group: Group, part: Part, together: int) -> None:
         """Enter the only use of leaves that the source was made of by more than an isometry.
 
         What is made of the leaves may leave a part of a gradient out, and a row may consist of little else: rows whose
@@ -112,10 +134,9 @@ class Norms(Grouped):
         typical, noise = self._way_to_leaves(site.source)
         gain = float(torch.cat([gains[torch.isfinite(gains)], typical]).max().sqrt())
         errors = Magnitudes(site, x, g).share_errors() * gain + noise * sources.sqrt()
-        norms = squares.sqrt().clamp(min=self._floor)
-        apart = (
-            rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, part.positions) if self._floor else errors < 0
-        )
+        floor = self.grouping.weightings[together].clip_norm
+        norms = squares.sqrt().clamp(min=floor)
+        apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, part.positions) if floor else errors < 0
         native = NativeSum(site.source, [errors], gain, apart)
         for row in apart.nonzero().squeeze(1).tolist():
             alone = part.rows(row, row + 1, self.batch)
@@ -125,8 +146,7 @@ class Norms(Grouped):
                 (self.trace.params[leaf], apart.new_tensor([row], dtype=torch.int64), rows)
                 for leaf, rows in pulled.items()
             )
-        self._squares.append(squares)
-        self._sum_natively(group, native, [part])
+        self._enter_native(group, native, [part], together, squares)
 
     def _way_to_leaves(self, source: Tensor) -> tuple[Tensor, float]:
         """Try how gradients come from a source to the leaves.
@@ -144,15 +164,68 @@ class Norms(Grouped):
         noise = _NOISE * float(squares_of(apart).sqrt())
         return squares_of({leaf: rows[:-1] for leaf, rows in pulled.items()}), noise
 
-    def _sum_natively(self, group: Group, native: NativeSum, parts: list[Part]) -> None:
+    def _enter_native(self, group: Group, native: NativeSum, parts: list[Part], together: int, squares: Tensor) -> None:
         self.native[group] = native
-        if self._keep:
-            dtype = accumulator(parts[0].g.dtype, self.rows)
-            self._sums.append(partial(native.totals, parts, dtype=dtype))
+        dtype = accumulator(parts[0].g.dtype, self.rows)
+        self.measured(together, squares, partial(native.totals, parts, dtype=dtype))
 
 
 _PROBES = 4
 _NOISE = 8.0  # what the probes show of it, and a margin
+
+
+def _unknown(weights: Weights) -> Sequence[tuple[Tensor, Tensor]]:
+    raise AssertionError("nothing was kept for the sum")
+
+
+class KeptSums(Norms):
+    """Norms, and the weighted sum of each clipping group as soon as the last of its norms is known.
+
+    What was kept for a group is let go then. With one group that is at the end of the backward pass; with a group for
+    every layer it is layer by layer, and next to nothing is kept.
+
+    Args:
+        trace: see `Norms`.
+        problem: see `Norms`.
+        choose: see `Norms`.
+        grouping: see `Norms`.
+    """
+
+    def __init__(self, trace: Trace, problem: Problem, choose: Choose, grouping: Grouping) -> None:
+        super().__init__(trace, problem, choose, grouping)
+        self._mask = problem.mask
+        self._sums = LeafSums(trace, self.plan.uses, self.rows)
+        self._finish: list[list[Finish]] = [[] for _ in grouping.weightings]
+        self._awaited = [0] * len(grouping.weightings)
+        for group in self.plan.groups:
+            if group.way != "stacked":
+                self._awaited[grouping.of[self.plan.leaf(group.source)]] += 1
+        for leaf, uses in enumerate(self.plan.stacked):
+            self._awaited[grouping.of[leaf]] += uses > 0
+
+    def total(self) -> Leaves:
+        """Return the weighted sum for each leaf, once all is entered."""
+        for together in range(len(self._finish)):  # the loss does not depend on all of their leaves
+            self._sum(together)
+        return self._sums.leaves()
+
+    def measured(self, together: int, squares: Tensor, finish: Finish) -> None:
+        """See `Norms.measured`."""
+        super().measured(together, squares, finish)
+        self._finish[together].append(finish)
+        self._awaited[together] -= 1
+        if not self._awaited[together]:
+            self._sum(together)
+
+    def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
+        self._enter_rows(together, group.source, next(stacked_parts(choice.kernels, parts, self.batch, self.batch)))
+
+    def _sum(self, together: int) -> None:
+        weights = Weights.of(self.grouping.weightings[together], self._squares[together], self._mask)
+        waiting = self._finish[together]
+        while waiting:  # what was kept is let go, use by use
+            for source, total in waiting.pop()(weights):
+                self._sums.add(source, total)
 
 
 class Sums(Grouped):
@@ -160,41 +233,40 @@ class Sums(Grouped):
 
     Args:
         norms: what the first pass was turned into.
-        weights: `(B,)`.
-        bad: `(B,)`, boolean: rows that may not be finite, whose weight is zero; None: no such row.
-        weighting: where the weights come from.
+        weights: for each clipping group.
     """
 
-    def __init__(self, norms: Norms, weights: Tensor, bad: Tensor | None, weighting: Weighting) -> None:
+    def __init__(self, norms: Norms, weights: Sequence[Weights]) -> None:
         super().__init__(norms.trace, norms.plan)
         self._norms = norms
         self._weights = weights
-        self._bad = bad
-        self._weighting = weighting
-        self._totals: list[tuple[Tensor, Tensor]] = []
+        self._sums = LeafSums(norms.trace, norms.plan.uses, norms.rows)
 
     def enter(self, group: Group, parts: list[Part]) -> None:
         """See `Grouped.enter`."""
+        leaf = self.plan.leaf(group.source)
         native = self._norms.native.get(group)
         if native is not None:
             dtype = accumulator(parts[0].g.dtype, self._norms.rows)
-            self._totals += native.totals(parts, self._weights, self._bad, self._weighting, dtype)
+            for source, total in native.totals(parts, self._of(leaf), dtype):
+                self._sums.add(source, total)
             return
         start = 0
         for rows in stacked_parts([stack_kernel(p.site, p.x, p.g) for p in parts], parts, self.batch):
-            self._add(group.source, rows, start)
+            self._add(leaf, group.source, rows, start)
             start += len(rows)
 
-    def enter_stacked(self, source: Tensor, stacked: Tensor) -> None:
+    def enter_stacked(self, leaf: int, source: Tensor, stacked: Tensor) -> None:
         """See `Grouped.enter_stacked`."""
-        self._add(source, stacked)
+        self._add(leaf, source, stacked)
 
-    def total(self) -> Leaves:
-        """Return the weighted sum for each leaf, once all is entered."""
-        return gather(self.trace, self.plan, self._totals, self._norms.rows)
+    def answer(self) -> Leaves:
+        """See `Receiver.answer`: the weighted sum for each leaf."""
+        return self._sums.leaves()
 
-    def _add(self, source: Tensor, rows: Tensor, start: int = 0) -> None:
-        part = slice(start, start + len(rows))
-        bad = None if self._bad is None else self._bad[part]
-        dtype = accumulator(rows.dtype, self._norms.rows)
-        self._totals.append((source, contract(self._weights[part], rows, bad, dtype)))
+    def _of(self, leaf: int) -> Weights:
+        return self._weights[self._norms.grouping.of[leaf]]
+
+    def _add(self, leaf: int, source: Tensor, rows: Tensor, start: int = 0) -> None:
+        weights = self._of(leaf)[start : start + len(rows)]
+        self._sums.add(source, weights.contract(rows, accumulator(rows.dtype, self._norms.rows)))

@@ -2,7 +2,7 @@
 
 from pegrad.errors import ArgumentError
 from pegrad.strategies.auto import Auto
-from pegrad.strategies.base import Strategy
+from pegrad.strategies.base import Stacking, Strategy
 from pegrad.strategies.book_keeping import BookKeeping
 from pegrad.strategies.ghost import Ghost
 from pegrad.strategies.grouped_conv import GroupedConv
@@ -35,4 +35,6 @@ def resolve(strategy: str | Strategy) -> Strategy:
     return STRATEGIES[strategy]
 
 
-__all__ = ["STRATEGIES", "Auto", "BookKeeping", "Ghost", "GroupedConv", "Naive", "Strategy", "Vmap", "resolve"]
+__all__ = [
+    "STRATEGIES", "Auto", "BookKeeping", "Ghost", "GroupedConv", "Naive", "Stacking", "Strategy", "Vmap", "resolve",
+]  # fmt: skip

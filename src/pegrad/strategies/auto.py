@@ -5,8 +5,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from pegrad.clipping import Weighting
-from pegrad.strategies.base import Leaves, Problem, Strategy, Values
+from pegrad.clipping import Grouping
+from pegrad.problem import Leaves, Problem, Values
+from pegrad.reductions.base import Reduction
+from pegrad.strategies.base import Strategy
 from pegrad.strategies.book_keeping import BookKeeping
 from pegrad.strategies.fallback import stepping_down
 from pegrad.strategies.grouped_conv import GroupedConv
@@ -23,17 +25,13 @@ class Auto(Strategy):
     Under a transform of torch.func it is `grouped_conv`: that one composes.
     """
 
-    def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
-        """See `Strategy.stacked`."""
-        return self._ask(problem, lambda strategy, problem: strategy.stacked(problem))
+    def reduce(self, problem: Problem, reduction: Reduction) -> tuple[Leaves, Values]:
+        """See `Strategy.reduce`."""
+        return self._ask(problem, lambda strategy, problem: strategy.reduce(problem, reduction))
 
-    def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
-        """See `Strategy.squared_norms`."""
-        return self._ask(problem, lambda strategy, problem: strategy.squared_norms(problem))
-
-    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
-        """See `Strategy.weighted_sum`."""
-        return self._ask(problem, lambda strategy, problem: strategy.weighted_sum(problem, weighting))
+    def clipped_sum(self, problem: Problem, grouping: Grouping) -> tuple[Leaves, Tensor, Values]:
+        """See `Strategy.clipped_sum`."""
+        return self._ask(problem, lambda strategy, problem: strategy.clipped_sum(problem, grouping))
 
     @staticmethod
     def _ask(problem: Problem, ask: Callable[[Strategy, Problem], T]) -> T:

@@ -1,112 +1,70 @@
-"""What a strategy is: three answers to three questions about the per-example gradients of one loss."""
+"""What a strategy is: two answers to two questions about the per-example gradients of one loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from pegrad import numerics
-from pegrad.clipping import Weighting
-from pegrad.numerics import accumulator, arithmetic, contract
-from pegrad.tracing.batched import transformed
-
-Leaves = list[Tensor]
-FlatLoss = Callable[[Leaves, Leaves], tuple[Tensor, Leaves]]
-"""`(parameter leaves, leaves of one example) -> (scalar loss, leaves of aux)`."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One loss, at one set of parameters, on one batch of at least one example."""
-
-    loss: FlatLoss
-    params: Leaves
-    batch: Leaves  # each (B, ...)
-    mask: Tensor | None = None  # (B,), boolean; False marks padding
-    whole: int = 0  # rows of the call that these may be a part of; 0: they are all
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows `B`."""
-        return self.batch[0].shape[0]
-
-    @property
-    def sum_rows(self) -> int:
-        """How many rows will be summed in all, of which these may be some: it decides the dtype of the sum."""
-        return self.whole or self.batch_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the arithmetic takes place."""
-        return self.params[0].device
-
-    def sum_dtype(self, leaf: Tensor) -> torch.dtype:
-        """Return the dtype of a sum of gradients of a leaf."""
-        return accumulator(leaf.dtype, self.sum_rows)
-
-
-class Values(NamedTuple):
-    """What the forward pass gives for each example."""
-
-    losses: Tensor  # (B,)
-    aux: Leaves  # each (B, ...)
+from pegrad.clipping import Grouping, Weights
+from pegrad.numerics import arithmetic
+from pegrad.problem import Leaves, Problem, Values
+from pegrad.reductions.base import Reduction
+from pegrad.reductions.norms import SquaredNorms
 
 
 class Strategy(ABC):
-    """A way to compute per-example gradients, their norms and their clipped sum.
+    """A way to compute per-example gradients, or what becomes of them, and their clipped sum."""
 
-    A strategy need only know how to stack gradients; one that has a cheaper way to the other two answers
-    overrides them.
-    """
+    @abstractmethod
+    def reduce(self, problem: Problem, reduction: Reduction) -> tuple[Leaves, Values]:
+        """Return what a reduction makes of the examples' gradients.
+
+        Args:
+            problem: loss, parameters and batch.
+            reduction: what: `Stack`, `SquaredNorms`, `Dots`, ...
+        """
+
+    @abstractmethod
+    def clipped_sum(self, problem: Problem, grouping: Grouping) -> tuple[Leaves, Tensor, Values]:
+        """Return the weighted sum of the examples' gradients, the weights being functions of their norms.
+
+        Args:
+            problem: loss, parameters and batch.
+            grouping: which leaves' norms are taken together, and from squared norms `(B,)` to weights `(B,)`. A row
+                of weight zero contributes exactly zero, whatever its gradient is: also where that is not finite.
+
+        Returns:
+            The sum, for each parameter leaf one tensor of its shape in `problem.sum_dtype`; the squared norms
+            `(B, G)`, in float64; the values.
+        """
+
+
+class Stacking(Strategy):
+    """A strategy that need only know how to stack gradients: from those follows all else."""
 
     @abstractmethod
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
         """Return every example's gradient: for each parameter leaf one tensor `(B, *leaf.shape)`."""
 
-    def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
-        """Return the squared norm of each example's gradient over all leaves, `(B,)`, in float64."""
+    def reduce(self, problem: Problem, reduction: Reduction) -> tuple[Leaves, Values]:
+        """See `Strategy.reduce`."""
         grads, values = self.stacked(problem)
         with arithmetic(problem.device):
-            return squared_norms(grads), values
+            return reduction.of_stacked(grads, problem), values
 
-    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
-        """Return the weighted sum of the examples' gradients, the weights being a function of their norms.
-
-        Args:
-            problem: loss, parameters and batch.
-            weighting: squared norms `(B,)` to weights `(B,)`. A row of weight zero contributes exactly zero,
-                whatever its gradient is: also where that is not finite.
-
-        Returns:
-            The sum, for each parameter leaf one tensor of its shape in `problem.sum_dtype`; the squared norms, in
-            float64; the values.
-        """
+    def clipped_sum(self, problem: Problem, grouping: Grouping) -> tuple[Leaves, Tensor, Values]:
+        """See `Strategy.clipped_sum`."""
         grads, values = self.stacked(problem)
         with arithmetic(problem.device):
-            squares = squared_norms(grads)
-            weights = weighting.weights(squares, problem.mask)
-            bad = bad_rows(squares, weights)
-            return [contract(weights, grad, bad, problem.sum_dtype(grad)) for grad in grads], squares, values
+            (squares,) = SquaredNorms(grouping.of).of_stacked(grads, problem)
+            weights = weigh(grouping, squares, problem.mask)
+            sums = [
+                weights[group].contract(grad, problem.sum_dtype(grad))
+                for group, grad in zip(grouping.of, grads, strict=True)
+            ]
+        return sums, squares, values
 
 
-def squared_norms(grads: Leaves) -> Tensor:
-    """Sum of squares of each row over all leaves: `(B, ...)` leaves to `(B,)`, in float64."""
-    return torch.stack([numerics.squared_norms(grad) for grad in grads]).sum(0)
-
-
-def bad_rows(squares: Tensor, weights: Tensor) -> Tensor | None:
-    """Mark the rows to leave out of a sum because zero times what they hold might not be zero.
-
-    Args:
-        squares: squared norms, `(B,)`.
-        weights: weights in the sum, `(B,)`; zero wherever the squared norm is not finite.
-
-    Returns:
-        `(B,)`, boolean; or None where all rows are known to be finite.
-    """
-    if not transformed() and bool(torch.isfinite(squares).all()):
-        return None
-    return weights == 0
+def weigh(grouping: Grouping, squares: Tensor, mask: Tensor | None) -> list[Weights]:
+    """Weigh the examples in each clipping group by its squared norms, `(B, G)`."""
+    columns = zip(grouping.weightings, squares.unbind(1), strict=True)
+    return [Weights.of(weighting, column, mask) for weighting, column in columns]

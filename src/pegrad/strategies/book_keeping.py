@@ -1,15 +1,14 @@
 """`book_keeping`: one forward and one backward pass to the activations, then norms, then weighted sums."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
-from pegrad.clipping import Weighting
+from pegrad.clipping import Grouping
 from pegrad.numerics import arithmetic
-from pegrad.reductions.norms import Norms
-from pegrad.strategies.base import Leaves, Problem, Values, bad_rows
+from pegrad.problem import Leaves, Problem, Values
+from pegrad.reductions.norms import KeptSums
 from pegrad.strategies.traced import Traced, values
 
 
@@ -25,11 +24,8 @@ class BookKeeping(Traced):
 
     keeps: ClassVar[bool] = True
 
-    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
-        """See `Strategy.weighted_sum`."""
-        make = partial(Norms, choose=self.choose, floor=weighting.clip_norm, rows=problem.sum_rows, keep=True)
-        trace, norms = self.run(problem, make)
+    def clipped_sum(self, problem: Problem, grouping: Grouping) -> tuple[Leaves, Tensor, Values]:
+        """See `Strategy.clipped_sum`."""
+        trace, kept = self.run(problem, lambda trace: KeptSums(trace, problem, self.choose, grouping))
         with arithmetic(problem.device):
-            squares = norms.squared_norms()
-            weights = weighting.weights(squares, problem.mask)
-            return norms.weighted_sum(weights, bad_rows(squares, weights), weighting), squares, values(trace)
+            return kept.total(), kept.squared_norms(), values(trace)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from pegrad.errors import PegradError, StrategyError
-from pegrad.strategies.base import Problem, Strategy
+from pegrad.problem import Problem
+from pegrad.strategies.base import Strategy
 from pegrad.strategies.naive import Naive
 from pegrad.tracing.batched import transformed
 from pegrad.tracing.explanations import explanation

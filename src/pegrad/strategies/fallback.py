@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 from pegrad.errors import FallbackWarning, PegradError, StrategyError
-from pegrad.strategies.base import Problem, Strategy
+from pegrad.problem import Problem
+from pegrad.strategies.base import Strategy
 from pegrad.strategies.failures import out_of_memory, reason
 from pegrad.strategies.naive import Naive
 from pegrad.strategies.paths import ByPath, TooManyPathsError

@@ -1,14 +1,14 @@
 """`ghost`: norms in a first backward pass, the clipped sum in a second; the memory of ordinary training."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
-from pegrad.clipping import Weighting
+from pegrad.clipping import Grouping
 from pegrad.numerics import arithmetic
+from pegrad.problem import Leaves, Problem, Values
 from pegrad.reductions.norms import Norms, Sums
-from pegrad.strategies.base import Leaves, Problem, Values, bad_rows
+from pegrad.strategies.base import weigh
 from pegrad.strategies.traced import Traced, values
 
 
@@ -22,13 +22,11 @@ class Ghost(Traced):
     Source: Li et al. 2022 (ghost clipping); Bu, Mao & Xu 2022 (mixed ghost clipping: the choice at every site).
     """
 
-    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
-        """See `Strategy.weighted_sum`."""
-        make = partial(Norms, choose=self.choose_norm, floor=weighting.clip_norm, rows=problem.sum_rows)
-        trace, norms = self.run(problem, make, last=False)
+    def clipped_sum(self, problem: Problem, grouping: Grouping) -> tuple[Leaves, Tensor, Values]:
+        """See `Strategy.clipped_sum`."""
+        trace, norms = self.run(problem, lambda t: Norms(t, problem, self.choose_norm, grouping), last=False)
         with arithmetic(problem.device):
             squares = norms.squared_norms()
-            weights = weighting.weights(squares, problem.mask)
-            sums = Sums(norms, weights, bad_rows(squares, weights), weighting)
+            sums = Sums(norms, weigh(grouping, squares, problem.mask))
             self.run_back(problem, trace, sums)
-            return sums.total(), squares, values(trace)
+            return sums.answer(), squares, values(trace)

@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from pegrad.errors import ArgumentError
+from pegrad.problem import Leaves, Problem, Values
 from pegrad.rules.conv import KERNELS, replacements
-from pegrad.strategies.base import Leaves, Problem, Strategy, Values
+from pegrad.strategies.base import Stacking
 from pegrad.strategies.vmap import Vmap
 from pegrad.tracing.interception import Interception
 
 
 @dataclass(frozen=True)
-class GroupedConv(Strategy):
+class GroupedConv(Stacking):
     """Vectorise the gradient of one example, convolutions following the grouped-convolution rule.
 
     Args:
@@ -32,7 +33,7 @@ class GroupedConv(Strategy):
             raise ArgumentError(f"Expected kernel to be None or one of {sorted(KERNELS)}, got {self.kernel!r}")
 
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
-        """See `Strategy.stacked`."""
+        """See `Stacking.stacked`."""
         table = replacements(self.kernel)
 
         def loss(params: Leaves, example: Leaves) -> tuple[Tensor, Leaves]:

@@ -8,23 +8,26 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from pegrad.clipping import Weighting
+from pegrad.clipping import Grouping
 from pegrad.numerics import BLOCK
+from pegrad.problem import Leaves, Problem, Values
+from pegrad.reductions.base import Reduction
+from pegrad.reductions.stack import Stack
 from pegrad.rules.recurrent import PACKED_BY_STEPS
-from pegrad.strategies.base import Leaves, Problem, Strategy, Values
+from pegrad.strategies.base import Stacking
 from pegrad.tracing.batched import transformed
 from pegrad.tracing.foreign import refuse_checkpoint
 from pegrad.tracing.interception import Interception
 
 
-class Naive(Strategy):
+class Naive(Stacking):
     """Loop over the examples; the only strategy under which the loss may be any Python at all.
 
     It holds the stacked gradients of a few examples at a time, unless they are what is asked for.
     """
 
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
-        """See `Strategy.stacked`."""
+        """See `Stacking.stacked`."""
         gradient = _transformed if transformed() else _plain
         grads, losses, auxes = [], [], []
         for b in range(problem.batch_size):
@@ -34,17 +37,19 @@ class Naive(Strategy):
             auxes.append(aux)
         return _stack(grads), Values(torch.stack(losses), _stack(auxes))
 
-    def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
-        """See `Strategy.squared_norms`."""
-        squares, values = zip(*(super(Naive, self).squared_norms(part) for part in _parts(problem)), strict=True)
-        return torch.cat(squares), _join(values)
+    def reduce(self, problem: Problem, reduction: Reduction) -> tuple[Leaves, Values]:
+        """See `Strategy.reduce`."""
+        if isinstance(reduction, Stack) or not reduction.by_example:
+            return super().reduce(problem, reduction)
+        answers, values = zip(*(super(Naive, self).reduce(part, reduction) for part in _parts(problem)), strict=True)
+        return [torch.cat(column) for column in zip(*answers, strict=True)], _join(values)
 
-    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
-        """See `Strategy.weighted_sum`."""
+    def clipped_sum(self, problem: Problem, grouping: Grouping) -> tuple[Leaves, Tensor, Values]:
+        """See `Strategy.clipped_sum`."""
         totals: Leaves = []
         squares, values = [], []
         for part in _parts(problem):
-            sums, squares_here, values_here = super().weighted_sum(part, weighting)
+            sums, squares_here, values_here = super().clipped_sum(part, grouping)
             wide = [leaf.double() for leaf in sums]  # one after another, many float32 would round
             totals = [a + b for a, b in zip(totals, wide, strict=True)] if totals else wide
             squares.append(squares_here)

@@ -14,9 +14,13 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from pegrad.clipping import Weighting
+from pegrad.clipping import Grouping
 from pegrad.errors import LossError
-from pegrad.strategies.base import FlatLoss, Leaves, Problem, Strategy, Values
+from pegrad.numerics import arithmetic
+from pegrad.problem import FlatLoss, Leaves, Problem, Values
+from pegrad.reductions.base import Reduction
+from pegrad.reductions.stack import Stack
+from pegrad.strategies.base import Strategy
 from pegrad.tracing.batched import transformed
 from pegrad.tracing.generators import Generators
 from pegrad.tracing.loss import IndependentError
@@ -215,27 +219,24 @@ class ByPath(Strategy):
     strategy: Strategy
     most: int | None = None
 
-    def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
-        """See `Strategy.stacked`."""
-        paths = by_path(problem, self.strategy.stacked, self.most)
+    def reduce(self, problem: Problem, reduction: Reduction) -> tuple[Leaves, Values]:
+        """See `Strategy.reduce`."""
+        start = Generators.now()
+        paths = by_path(problem, lambda part: self.strategy.reduce(part, reduction), self.most)
         if len(paths) == 1:
             return paths[0].answer
-        grads, values = zip(*(path.answer for path in paths), strict=True)
+        if not reduction.by_example:  # nothing follows from answers for some of the examples
+            start.restore()
+            grads, merged = self.reduce(problem, Stack())
+            with arithmetic(problem.device):
+                return reduction.of_stacked(grads, problem), merged
+        answers, values = zip(*(path.answer for path in paths), strict=True)
         size = problem.batch_size
-        return _merge_leaves(grads, paths, size), _merge_values(values, paths, size)
+        return _merge_leaves(answers, paths, size), _merge_values(values, paths, size)
 
-    def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
-        """See `Strategy.squared_norms`."""
-        paths = by_path(problem, self.strategy.squared_norms, self.most)
-        if len(paths) == 1:
-            return paths[0].answer
-        squares, values = zip(*(path.answer for path in paths), strict=True)
-        size = problem.batch_size
-        return merge_rows(squares, paths, size), _merge_values(values, paths, size)
-
-    def weighted_sum(self, problem: Problem, weighting: Weighting) -> tuple[Leaves, Tensor, Values]:
-        """See `Strategy.weighted_sum`."""
-        paths = by_path(problem, lambda part: self.strategy.weighted_sum(part, weighting), self.most)
+    def clipped_sum(self, problem: Problem, grouping: Grouping) -> tuple[Leaves, Tensor, Values]:
+        """See `Strategy.clipped_sum`."""
+        paths = by_path(problem, lambda part: self.strategy.clipped_sum(part, grouping), self.most)
         if len(paths) == 1:
             return paths[0].answer
         sums, squares, values = zip(*(path.answer for path in paths), strict=True)

@@ -2,25 +2,24 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
 from pegrad.errors import ArgumentError
-from pegrad.numerics import full_precision, without_autocast
+from pegrad.numerics import arithmetic, full_precision, without_autocast
 from pegrad.plan.candidates import Choices, Timings
 from pegrad.plan.plan import Choose
-from pegrad.reductions.base import Reduction
-from pegrad.reductions.norms import Norms
-from pegrad.reductions.stack import StackedGradients
+from pegrad.problem import Leaves, Problem, Values
+from pegrad.reductions.base import Receiver, Reduction
 from pegrad.rules import RULES
 from pegrad.rules.site import Rule
-from pegrad.strategies.base import Leaves, Problem, Strategy, Values
+from pegrad.strategies.base import Strategy
 from pegrad.tracing.batched import transformed
 from pegrad.tracing.trace import Tapped, Trace
 
-R = TypeVar("R", bound=Reduction)
+R = TypeVar("R", bound=Receiver)
 
 
 @dataclass(frozen=True)
@@ -39,28 +38,18 @@ class Traced(Strategy):
     timings: Timings = field(default_factory=dict)
     keeps: ClassVar[bool] = False
 
-    def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
-        """See `Strategy.stacked`."""
-        found: dict[int, Tensor] = {}
-        trace, _ = self.run(problem, partial(StackedGradients, visit=found.__setitem__))
-        batch = problem.batch_size
-        grads = [
-            found[i].to(leaf.dtype) if i in found else leaf.new_zeros(batch, *leaf.shape)
-            for i, leaf in enumerate(problem.params)
-        ]
-        return grads, values(trace)
-
-    def squared_norms(self, problem: Problem) -> tuple[Tensor, Values]:
-        """See `Strategy.squared_norms`."""
-        trace, norms = self.run(problem, partial(Norms, choose=self.choose_norm, keep=False))
-        return norms.squared_norms(), values(trace)
+    def reduce(self, problem: Problem, reduction: Reduction) -> tuple[Leaves, Values]:
+        """See `Strategy.reduce`."""
+        trace, receiver = self.run(problem, lambda trace: reduction.receiver(trace, problem, self.choose_norm))
+        with arithmetic(problem.device):
+            return receiver.answer(), values(trace)
 
     def run(self, problem: Problem, make: Callable[[Trace], R], *, last: bool = True) -> tuple[Trace, R]:
-        """Trace the loss and run it backward to a reduction.
+        """Trace the loss and run it backward to a receiver.
 
         Args:
             problem: loss, parameters and batch.
-            make: makes the reduction from the trace, before the backward pass.
+            make: makes the receiver from the trace, before the backward pass.
             last: whether the graph may be freed.
         """
         if transformed():
@@ -74,26 +63,26 @@ class Traced(Strategy):
             if opaque := trace.opaque() - apart:
                 apart |= opaque
                 continue
-            reduction = make(trace)
-            leaked = self.run_back(problem, trace, reduction, last=last)
+            receiver = make(trace)
+            leaked = self.run_back(problem, trace, receiver, last=last)
             if not leaked:
-                return trace, reduction
+                return trace, receiver
             apart |= leaked  # the loss uses them in a way that the trace cannot see
 
     @staticmethod
-    def run_back(problem: Problem, trace: Trace, reduction: Reduction, *, last: bool = True) -> set[int]:
-        """Run a trace backward to a reduction; if that is not the whole of it, return the leaves that it misses."""
+    def run_back(problem: Problem, trace: Trace, receiver: Receiver, *, last: bool = True) -> set[int]:
+        """Run a trace backward to a receiver; if that is not the whole of it, return the leaves that it misses."""
 
         def receive(tapped: Tapped, x: Tensor, g: Tensor) -> None:
             with full_precision():
-                reduction.receive(tapped, x, g)
+                receiver.receive(tapped, x, g)
 
         with without_autocast(problem.device):
             copies, leaks = trace.backward(receive, last=last)
             leaked = {i for i, leaks_here in enumerate(leaks) if leaks_here}
             if not leaked:
                 with full_precision():
-                    reduction.receive_copies(copies)
+                    receiver.receive_copies(copies)
         return leaked
 
     def trace(self, problem: Problem, apart: Collection[int] = ()) -> Trace:

@@ -3,19 +3,20 @@
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from pegrad.problem import Leaves, Problem, Values
 from pegrad.rules.recurrent import BY_STEPS
-from pegrad.strategies.base import Leaves, Problem, Strategy, Values
+from pegrad.strategies.base import Stacking
 from pegrad.tracing.interception import Interception
 
 
-class Vmap(Strategy):
+class Vmap(Stacking):
     """Vectorise the gradient of one example over the batch.
 
     Source: Goodfellow 2015; TensorFlow Privacy's `vectorized_map`; `multi` in Rochette, Manoel & Tramel 2019.
     """
 
     def stacked(self, problem: Problem) -> tuple[Leaves, Values]:
-        """See `Strategy.stacked`."""
+        """See `Stacking.stacked`."""
 
         def loss(params: Leaves, example: Leaves) -> tuple[Tensor, Leaves]:
             with Interception(BY_STEPS):  # recurrent networks have no batching rule

@@ -1,0 +1,26 @@
+"""Checks of numbers that a user gives: one place, one wording."""
+
+from pegrad.errors import ArgumentError
+
+_LEAST, _GREATEST = 1e-9, 1e9
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise `ArgumentError` unless `value` is a finite number above zero."""
+    if not 0 < value < float("inf"):
+        raise ArgumentError(f"Expected {name} to be a finite number > 0, got {name}={value}")
+
+
+def check_scale(name: str, value: float) -> None:
+    """Raise `ArgumentError` unless `value` is a number that float32 gradients can be measured by."""
+    if not _LEAST <= value <= _GREATEST:
+        raise ArgumentError(
+            f"Expected {name} to be between {_LEAST:g} and {_GREATEST:g}, got {name}={value}: beyond, float32 "
+            "gradients vanish or overflow. Scale the loss instead"
+        )
+
+
+def check_size(name: str, size: int | None) -> None:
+    """Raise `ArgumentError` unless `size` is None or a whole number >= 1."""
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ArgumentError(f"Expected {name} to be None or a whole number >= 1, got {name}={size}")
