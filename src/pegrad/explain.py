@@ -27,7 +27,8 @@ from pegrad.strategies.paths import by_path
 from pegrad.strategies.traced import Traced
 from pegrad.tables import as_html, as_text
 from pegrad.tracing.eager import eager
-from pegrad.tracing.trace import Tapped, Trace
+from pegrad.tracing.taps import Tapped
+from pegrad.tracing.trace import Trace
 from pegrad.trees import PyTree
 
 

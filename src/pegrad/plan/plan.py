@@ -14,7 +14,8 @@ from pegrad.plan.parts import Outer, Part, join, kinds
 from pegrad.plan.places import Place, boxes, flips
 from pegrad.plan.uses import ParameterUses
 from pegrad.rules.site import Site
-from pegrad.tracing.trace import Copies, Tapped, Trace
+from pegrad.tracing.taps import Tapped
+from pegrad.tracing.trace import Copies, Trace
 
 Choose = Callable[[Sequence[Shaped]], Candidate]
 """Picks the way to the norms and the sum of one parameter's gradients, from its uses."""

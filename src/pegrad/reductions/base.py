@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pegrad.plan.plan import Choose
 from pegrad.problem import Leaves, Problem
-from pegrad.tracing.trace import Tapped, Trace
+from pegrad.tracing.taps import Tapped
+from pegrad.tracing.trace import Trace
 
 
 class Receiver(Protocol):

@@ -10,7 +10,8 @@ from pegrad.plan.parts import Part
 from pegrad.plan.plan import Group, Plan
 from pegrad.reductions.leaves import LeafAccumulator, stack_rows
 from pegrad.rules.site import Site
-from pegrad.tracing.trace import Tapped, Trace
+from pegrad.tracing.taps import Tapped
+from pegrad.tracing.trace import Trace
 
 
 class Grouped(ABC):

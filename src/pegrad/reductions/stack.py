@@ -12,7 +12,8 @@ from pegrad.problem import Leaves, Problem
 from pegrad.reductions.base import Reduction
 from pegrad.reductions.leaves import LeafAccumulator, stack_rows
 from pegrad.rules.site import Site
-from pegrad.tracing.trace import Tapped, Trace
+from pegrad.tracing.taps import Tapped
+from pegrad.tracing.trace import Trace
 
 
 class ByLeaf:

@@ -17,7 +17,8 @@ from pegrad.rules import RULES
 from pegrad.rules.site import Rule
 from pegrad.strategies.base import Strategy
 from pegrad.tracing.batched import transformed
-from pegrad.tracing.trace import Tapped, Trace
+from pegrad.tracing.taps import Tapped
+from pegrad.tracing.trace import Trace
 
 R = TypeVar("R", bound=Receiver)
 

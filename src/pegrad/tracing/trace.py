@@ -19,8 +19,7 @@ What a batch cannot answer or do as one has files of its own: `questions` (`if x
 `writes` (`out[t] = h`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,6 +43,7 @@ from pegrad.tracing.nested import WIDENED, on_all_images
 from pegrad.tracing.questions import INDEXED, QUESTIONS, Inquiry
 from pegrad.tracing.rows import Aliases, can_separate, row_by_row
 from pegrad.tracing.sound import SOUND
+from pegrad.tracing.taps import Line, Receive, Sender, Tap, Tapped
 from pegrad.tracing.writes import Made, writes
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
@@ -53,19 +53,6 @@ T = TypeVar("T")
 
 Loss = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 """`(parameter leaves, example leaves) -> (scalar, aux leaves)`"""
-
-Receive = Callable[["Tapped", Tensor, Tensor], None]
-"""`(tapped, x, g)`: called in the backward pass with a tapped operation's input and the gradient at its output."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tapped:
-    """An operation whose output is tapped, and the sites that wait for the gradient there."""
-
-    sites: list[Site]
-    x: tuple[int, ...]
-    y: tuple[int, ...]
-    dtype: torch.dtype  # of x
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +107,7 @@ class Trace(TorchFunctionMode):
         self._copied: dict[int, Tensor] = {}
         self._versions: list[tuple[Tensor, int, str]] = []
         self._anchor = torch.zeros((), requires_grad=True)
-        self._line = _Line()
+        self._line = Line()
         self._mask = mask
         self._whole = len(apart) == len(self.params)
         try:
@@ -351,14 +338,14 @@ class Trace(TorchFunctionMode):
         self.copies.append(Copies(parameter, rows, operation))
         return rows
 
-    def announce(self, sites: list[Site], x: Shape, y: Shape, dtype: torch.dtype) -> "_Sender":
+    def announce(self, sites: list[Site], x: Shape, y: Shape, dtype: torch.dtype) -> Sender:
         """See `Recorder.announce`."""
 
-        def note() -> _Sender:
+        def note() -> Sender:
             for site in sites:
                 self._note(site.source, site.operation)
             self.tapped.append(Tapped(sites, tuple(x), tuple(y), dtype))
-            return _Sender(self._anchor, self._line, self.tapped[-1])
+            return Sender(self._anchor, self._line, self.tapped[-1])
 
         return self._once([(site.source, site.operation) for site in sites], note)
 
@@ -368,67 +355,8 @@ class Trace(TorchFunctionMode):
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
         send = self.announce(sites, x.shape, y.shape, x.dtype)
-        return _Tap.apply(y, send.anchor, x.detach(), send)
+        return Tap.apply(y, send.anchor, x.detach(), send)
 
 
 def _takes_function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(callable(argument) and not isinstance(argument, Tensor) for argument in (*args, *kwargs.values()))
-
-
-class _Line:
-    """What taps send to: open for as long as a backward pass runs.
-
-    Taps do not know the trace itself, which knows the graph, which knows the taps: such a circle would hold all
-    activations until the next garbage collection.
-    """
-
-    def __init__(self) -> None:
-        self._receive: Receive | None = None
-        self.sent = False  # whether anything ever was
-
-    @contextmanager
-    def open(self, receive: Receive) -> Iterator[None]:
-        self._receive = receive
-        try:
-            yield
-        finally:
-            self._receive = None
-
-    def send(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
-        if self._receive:
-            self.sent = True
-            self._receive(tapped, x, g)
-
-
-@dataclass(frozen=True, eq=False)
-class _Sender:
-    """Sends what one operation has to tell: see `Send`."""
-
-    anchor: Tensor
-    line: _Line
-    tapped: Tapped
-
-    def __call__(self, x: Tensor, g: Tensor) -> None:
-        self.line.send(self.tapped, x, g)
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, in place; its backward sends on the gradient that passes.
-
-    In place, so that the loss may go on to change the output in place itself. The anchor makes the output require a
-    gradient also where the operation's input does not. `x` is saved as autograd saves it: if the loss changes it in
-    place afterwards, the backward pass says so.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, send: _Sender) -> Tensor:
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x)
-        ctx.send = send
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.send(x, g.detach())
-        return g, None, None, None
