@@ -189,7 +189,7 @@ def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) ->
     assert capsys.readouterr().out.count("longer than 0.01 s") == 3
 
 
-@pytest.mark.parametrize("experiment", ["quick", "gradcheck", "nanobatch", "operations", "mnist"])
+@pytest.mark.parametrize("experiment", ["quick", "gradcheck", "nanobatch", "operations", "overhead", "mnist"])
 def test_small_experiments_run_through_and_resume(module, experiment, tmp_path, capsys) -> None:
     """Catches: an experiment that has no longer what it measures, or measures again what it has."""
     arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
