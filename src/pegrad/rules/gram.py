@@ -55,8 +55,8 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Squares:
     Args:
         x: `(B, T, D)`.
         g: `(B, T, p)`.
-        block: numbers that one block of a Gram matrix may hold; the matrices are made in blocks of rows, and of a
-            block only what lies on or right of the diagonal, since both are symmetric.
+        block: numbers that one block of a Gram matrix may hold; the matrices are made in blocks of columns, and of a
+            block only what lies on or below the diagonal, since both are symmetric.
 
     Returns:
         The squared norms; what else there is to tell is on the matrices' diagonals.
@@ -67,28 +67,29 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Squares:
     if positions == 1:
         inputs, outputs = (torch.linalg.vecdot(t, t).squeeze(1) for t in (x, g))
         return Squares(inputs * outputs, inputs * outputs, inputs, outputs)
-    rows = max(1, min(_rows_by_symmetry(positions), block // (batch * positions)))
+    columns = max(1, min(_columns_by_symmetry(positions), block // (batch * positions)))
     found = Squares(*x.new_zeros(4, batch))
-    for start in range(0, positions, rows):
-        stop = min(start + rows, positions)
-        products = x[:, start:stop] @ x[:, start:].mT
-        weights = g[:, start:stop] @ g[:, start:].mT
+    for start in range(0, positions, columns):
+        stop = min(start + columns, positions)
+        # The wider operand first: the other way round, a product of this shape takes half as long again.
+        products = x[:, start:] @ x[:, start:stop].mT
+        weights = g[:, start:] @ g[:, start:stop].mT
         note_diagonals(found, products, weights)
         if stop < positions:
-            weights[:, :, stop - start :] *= 2
+            weights[:, stop - start :] *= 2
         found.norms.add_(products.mul_(weights).flatten(1).sum(1))
     return found
 
 
 def note_diagonals(found: Squares, products: Tensor, weights: Tensor, offset: int = 0) -> None:
-    """Add what the diagonals of two Gram matrices' blocks of rows tell, which start at column `offset`."""
+    """Add what the diagonals of two Gram matrices' blocks tell, which start `offset` off them."""
     inputs, outputs = (block.diagonal(offset, dim1=1, dim2=2) for block in (products, weights))
     found.terms.add_(torch.linalg.vecdot(inputs, outputs))
     found.inputs.add_(inputs.sum(1))
     found.outputs.add_(outputs.sum(1))
 
 
-def _rows_by_symmetry(positions: int) -> int:
-    """Rows of a block: few enough that leaving out the lower triangle saves, enough for the matrix product."""
-    blocks = 1 if positions < 48 else 2 if positions < 160 else 4
+def _columns_by_symmetry(positions: int) -> int:
+    """Columns of a block: few enough that leaving out a triangle saves, enough for the matrix product."""
+    blocks = 1 if positions < 48 else 2 if positions < 400 else 4
     return -(-positions // blocks)

@@ -28,16 +28,21 @@ def attention(
     # Under `vmap` a mask does not seem to require a gradient, and a kernel that cannot give it one would be picked.
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
     tensors = _copied(trace, tensors, "attention")
-    axes = max(t.dim() for t in tensors)
+    axes = max(3, *(t.dim() for t in tensors))
     aligned = [t.reshape(*[1] * (axes - t.dim()), *t.shape) for t in tensors]
+    added = axes - max(t.dim() for t in tensors)
 
     def run(*physical: Tensor) -> Tensor:
-        q, k, v, *mask = physical
-        return F.scaled_dot_product_attention(
+        # The fast kernels take four axes: all before heads, positions and channels are one.
+        leading = torch.broadcast_shapes(*(t.shape[:-3] for t in physical))
+        q, k, v, *mask = (t.expand(*leading, *t.shape[-3:]).flatten(0, -4) for t in physical)
+        y = F.scaled_dot_product_attention(
             q, k, v, mask[0] if mask else None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+        return y.unflatten(0, leading)
 
-    return trace.run(run, *aligned)
+    y = trace.run(run, *aligned)
+    return y.flatten(0, added) if added else y
 
 
 def column_stack(trace: Recorder, tensors: Sequence[Tensor]) -> Tensor:
