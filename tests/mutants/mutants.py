@@ -491,7 +491,7 @@ MUTANTS = [
     Mutant(
         "rules/gram.py",
         "weights[:, stop - start :] *= 2",
-        "weights[:, :, stop - start :] *= 1",
+        "weights[:, stop - start :] *= 1",
         "test_rules.py -k blocked_and_unblocked",
         "norms over many positions count half of the pairs",
     ),
