@@ -78,7 +78,7 @@ class Elman(Sweep):
         track = _track(states[0], ih.shape[1], backwards)
         past, now = _beside(track, backwards)
         now.copy_(ih) if weights.bias_hh is None else torch.add(ih, weights.bias_hh, out=now)
-        pasts, nows, hh = past.unbind(1), now.unbind(1), weights.hh.T
+        pasts, nows, hh = past.unbind(1), now.unbind(1), _transposed(weights.hh)
         activate = torch.relu_ if self._relu else torch.tanh_
         for t in steps:
             activate(nows[t].addmm_(pasts[t], hh))
@@ -110,7 +110,7 @@ class GRU(Sweep):
         past, now = _beside(track, backwards)
         gates = ih.clone()
         candidates = ih.new_empty(*ih.shape[:2], size)  # W h, as the reset gate meets it
-        pasts, nows, hh = past.unbind(1), now.unbind(1), weights.hh.T
+        pasts, nows, hh = past.unbind(1), now.unbind(1), _transposed(weights.hh)
         both, resets, updates, news = (gates[..., a * size : b * size].unbind(1) for a, b in _GRU_GATES)
         kept = candidates.unbind(1)
         for t in steps:
@@ -161,7 +161,8 @@ class LSTM(Sweep):
         (past, now), (past_cell, now_cell) = _beside(hidden, backwards), _beside(cell, backwards)
         whole = now if weights.hr is None else torch.empty_like(now_cell)  # the hidden state before its projection
         gates = ih.clone() if weights.bias_hh is None else ih + weights.bias_hh
-        pasts, nows, wholes, hh = past.unbind(1), now.unbind(1), whole.unbind(1), weights.hh.T
+        pasts, nows, wholes = past.unbind(1), now.unbind(1), whole.unbind(1)
+        hh, hr = _transposed(weights.hh), None if weights.hr is None else _transposed(weights.hr)
         past_cells, now_cells, rows = past_cell.unbind(1), now_cell.unbind(1), gates.unbind(1)
         both, ins, forgets, news, outs = (gates[..., a * size : b * size].unbind(1) for a, b in _LSTM_GATES)
         for t in steps:
@@ -171,8 +172,8 @@ class LSTM(Sweep):
             outs[t].sigmoid_()
             torch.mul(forgets[t], past_cells[t], out=now_cells[t]).addcmul_(ins[t], news[t])
             torch.tanh(now_cells[t], out=wholes[t]).mul_(outs[t])
-            if weights.hr is not None:
-                nows[t].copy_(wholes[t] @ weights.hr.T)
+            if hr is not None:
+                nows[t].copy_(wholes[t] @ hr)
         last = nows[steps[-1]].clone(), now_cells[steps[-1]].clone()
         return now.clone(), last, (gates, hidden, cell, *([] if weights.hr is None else [whole]))
 
@@ -212,6 +213,11 @@ class LSTM(Sweep):
 
 
 _LSTM_GATES = ((0, 2), (0, 1), (1, 2), (2, 3), (3, 4))
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    """Transpose a weight in memory: small products with it, step after step, take half the time."""
+    return weight.T.contiguous()
 
 
 def _order(ih: Tensor, backwards: bool) -> list[int]:
