@@ -158,20 +158,23 @@ class LSTM(Sweep):
         """See `Sweep.forward`."""
         steps, size = _order(ih, backwards), ih.shape[2] // 4
         hidden, cell = (_track(state, ih.shape[1], backwards) for state in states)
-        (past, now), (past_cell, now_cell) = _beside(hidden, backwards), _beside(cell, backwards)
+        (past, now), (_, now_cell) = _beside(hidden, backwards), _beside(cell, backwards)
         whole = now if weights.hr is None else torch.empty_like(now_cell)  # the hidden state before its projection
         gates = ih.clone() if weights.bias_hh is None else ih + weights.bias_hh
         pasts, nows, wholes = past.unbind(1), now.unbind(1), whole.unbind(1)
         hh, hr = _transposed(weights.hh), None if weights.hr is None else _transposed(weights.hr)
-        past_cells, now_cells, rows = past_cell.unbind(1), now_cell.unbind(1), gates.unbind(1)
+        now_cells, rows = now_cell.unbind(1), gates.unbind(1)
         both, ins, forgets, news, outs = (gates[..., a * size : b * size].unbind(1) for a, b in _LSTM_GATES)
+        (state,) = states[1:]
         for t in steps:
             rows[t].addmm_(pasts[t], hh)
             both[t].sigmoid_()
-            news[t].tanh_()
             outs[t].sigmoid_()
-            torch.mul(forgets[t], past_cells[t], out=now_cells[t]).addcmul_(ins[t], news[t])
-            torch.tanh(now_cells[t], out=wholes[t]).mul_(outs[t])
+            new = news[t].contiguous().tanh_()  # three times as fast as in its place among the gates
+            news[t].copy_(new)
+            state = (forgets[t] * state).addcmul_(ins[t], new)
+            now_cells[t].copy_(state)
+            torch.mul(state.tanh(), outs[t], out=wholes[t])
             if hr is not None:
                 nows[t].copy_(wholes[t] @ hr)
         last = nows[steps[-1]].clone(), now_cells[steps[-1]].clone()
