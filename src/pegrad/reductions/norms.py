@@ -105,7 +105,7 @@ class Norms(Grouped):
         if choice.keeps:  # the sum is one of stacked gradients
             self._enter_kept(group, choice, parts, together)
             return
-        squares, shares = guarded_norms(choice, parts, self.batch, self.grouping.weightings[together].clip_norm)
+        squares, shares = guarded_norms(choice, parts, self.batch, self.grouping.weightings[together].floor)
         self._enter_native(group, NativeSum(group.source, shares), parts, together, squares)
 
     def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
@@ -134,7 +134,7 @@ class Norms(Grouped):
         typical, noise = self._way_to_leaves(site.source)
         gain = float(torch.cat([gains[torch.isfinite(gains)], typical]).max().sqrt())
         errors = Magnitudes(site, x, g).share_errors() * gain + noise * sources.sqrt()
-        floor = self.grouping.weightings[together].clip_norm
+        floor = self.grouping.weightings[together].floor
         norms = squares.sqrt().clamp(min=floor)
         apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, part.positions) if floor else errors < 0
         native = NativeSum(site.source, [errors], gain, apart)
