@@ -1,6 +1,7 @@
 """`pegrad.check`: right strategies pass in every dtype, planted faults are caught and named, and what cannot be
 compared is said."""
 
+import math
 import random as python_random
 from dataclasses import dataclass, replace
 
@@ -257,6 +258,8 @@ class TestPlantedFaults:
 
         @dataclass(frozen=True)
         class Weights(Flat):
+            bound = math.inf  # or it would be held to it
+
             def weights(self, squared_norms, mask):
                 return (
                     torch.ones_like(squared_norms) if how == "none clipped" else self.clip_norm / squared_norms.sqrt()
