@@ -1,4 +1,4 @@
-"""From the norms of a clipping group's gradients to their weights, and what nothing that makes weights can get around."""
+"""From the norms of a clipping group's gradients to their weights, and the bound that no weight can pass."""
 
 from dataclasses import dataclass
 from typing import Protocol
