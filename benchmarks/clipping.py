@@ -3,8 +3,8 @@
     python benchmarks/clipping.py [--scale smoke|cpu|full] [--only WORKLOAD ...]
 
 One norm over all leaves (`auto`, `ghost`), one for each leaf or layer, automatic; and Opacus, flat and with a bound for
-every parameter. By leaf or layer, `auto` sums inside the backward pass and keeps nothing for later: its memory should be
-that of the non-private gradient, its time that of one norm.
+every parameter. By leaf or layer, `auto` sums inside the backward pass and keeps nothing for later: its memory should
+be that of the non-private gradient, its time that of one norm.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,8 @@ EFFORTS = {
     "full": Effort(rounds=15, budget=60, limit=300),
 }
 CONTESTANTS = BASELINE, "auto", "ghost", *CLIPPINGS, "Opacus"
-ROWS = {"smoke": ["tiny"]} | dict.fromkeys(("cpu", "full"), ["vgg19", "resnet18", "vit", "gpt2"])
+_NETWORKS = ["vgg19", "resnet18", "vit", "gpt2"]
+ROWS = {"smoke": ["tiny"], "cpu": _NETWORKS, "full": _NETWORKS}
 TITLE = "Clipped gradient over non-private gradient, by clipping"
 
 

@@ -1,4 +1,4 @@
-"""Peers that work on modules: Opacus by its hooks and by its ghost clipping, and with a bound for every parameter; BackPACK by its batch norms.
+"""Peers that work on modules: Opacus by hooks, by ghost clipping and by parameter, BackPACK by its batch norms.
 
 Each function takes a task and a clip norm and returns a function without arguments, whose value is the clipped sum as
 a pytree like the task's parameters. None of them is needed for anything else: what is not installed raises

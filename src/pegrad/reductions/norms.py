@@ -218,7 +218,26 @@ class KeptSums(Norms):
             self._sum(together)
 
     def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
+        if self._awaited[together] == 1:
+            self._enter_last(group, choice, parts, together)
+            return
         self._enter_rows(together, group.source, next(stacked_parts(choice.kernels, parts, self.batch, self.batch)))
+
+    def _enter_last(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
+        """Enter the last uses of a clipping group: a weight is known with its norm, so few rows are kept."""
+        weighting, before = self.grouping.weightings[together], self._squares[together]
+        squares: list[Tensor] = []
+        totals: list[tuple[Tensor, Tensor]] = []
+        start = 0
+        for rows in stacked_parts(choice.kernels, parts, self.batch):
+            some = slice(start, start + len(rows))
+            squares.append(squared_norms(rows))
+            mask = None if self._mask is None else self._mask[some]
+            weights = Weights.of(weighting, before[some] + squares[-1], mask)
+            summed = weights.contract(rows, accumulator(rows.dtype, self.rows))
+            totals = [(group.source, totals[0][1].add_(summed) if totals else summed)]
+            start += len(rows)
+        self.measured(together, torch.cat(squares), lambda _: totals)
 
     def _sum(self, together: int) -> None:
         weights = Weights.of(self.grouping.weightings[together], self._squares[together], self._mask)
