@@ -103,7 +103,7 @@ def as_clipping(clip_norm: float | Clipping) -> Clipping:
     Raises:
         ArgumentError: it is neither, or a number that is not between 1e-9 and 1e9.
     """
-    if isinstance(clip_norm, Real):
+    if isinstance(clip_norm, int | float | Real):
         return Flat(float(clip_norm))
     if not callable(getattr(clip_norm, "grouping", None)) or isinstance(clip_norm, type):
         raise ArgumentError(
