@@ -80,19 +80,15 @@ class Explanation:
     def _repr_html_(self) -> str:
         if self.fallback:
             return as_html([("strategy", "why"), ("naive", self.fallback)])
-        table = self._table()
-        unused = [(path, "not used", *[""] * (len(table[0]) - 2)) for path in self.unused]
-        return as_html([*table, *unused])
+        unused = [(path, "not used", *[""] * (len(_HEADER) - 2)) for path in self.unused]
+        return as_html([*self._table(), *unused])
 
     def _table(self) -> list[tuple[str, ...]]:
         rows = Counter(_cells(use) for use in self.uses)
         counted = [
-            (leaves, group, operation + (f" ({count} times)" if count > 1 else ""), *rest)
-            for (leaves, group, operation, *rest), count in rows.items()
+            (leaves, operation + (f" ({count} times)" if count > 1 else ""), *rest)
+            for (leaves, operation, *rest), count in rows.items()
         ]
-        if not any(use.group for use in self.uses):
-            counted = [row[:_GROUP] + row[_GROUP + 1 :] for row in counted]
-            return [_HEADER[:_GROUP] + _HEADER[_GROUP + 1 :], *counted]
         return [_HEADER, *counted]
 
 
@@ -284,8 +280,7 @@ def autotune(
     return replace(chosen, timings=timings)
 
 
-_GROUP = 1  # which column
-_HEADER = ("leaf", "group", "operation", "input", "output", "norm", "sum", "kept", "estimate", "why, or the next best")
+_HEADER = ("leaf", "operation", "input", "output", "norm", "sum", "kept", "estimate", "why, or the next best")
 
 
 def _cells(use: Use) -> tuple[str, ...]:
@@ -293,8 +288,7 @@ def _cells(use: Use) -> tuple[str, ...]:
     chosen = [c for c in use.candidates if use.norm in c.names and c.keeps == (use.sum != "native")]
     others = [c for c in use.candidates if c not in chosen]
     return (
-        use.leaves,
-        use.group,
+        use.leaves + (f" (group {use.group})" if use.group else ""),
         use.operation,
         *shapes,
         use.norm,

@@ -146,7 +146,7 @@ MUTANTS = [
     ),
     Mutant(
         "clipping/groups.py",
-        "self.clip_norm / math.sqrt(len(names))",
+        "self.clip_norm / math.sqrt(len(groups))",
         "self.clip_norm",
         "test_clipping_kinds.py::test_sensitivities_and_names",
         "every layer is clipped to the bound of all: the sum moves by more than the sensitivity",

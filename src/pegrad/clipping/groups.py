@@ -42,9 +42,9 @@ class _Equal(ABC):
     def grouping(self, params: PyTree) -> Grouping:
         """See `Clipping.grouping`."""
         labels = self._labels(params)
-        names = tuple(dict.fromkeys(labels))
-        each = _bounded(self.weighting, self.clip_norm / math.sqrt(len(names)))
-        return Grouping(tuple(map(names.index, labels)), (each,) * len(names), names)
+        groups = {name: group for group, name in enumerate(dict.fromkeys(labels))}
+        each = _bounded(self.weighting, self.clip_norm / math.sqrt(len(groups)))
+        return Grouping(tuple(groups[label] for label in labels), (each,) * len(groups), tuple(groups))
 
 
 @dataclass(frozen=True)

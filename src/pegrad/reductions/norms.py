@@ -205,8 +205,9 @@ class KeptSums(Norms):
 
     def total(self) -> Leaves:
         """Return the weighted sum for each leaf, once all is entered."""
-        for together in range(len(self._finish)):  # the loss does not depend on all of their leaves
-            self._sum(together)
+        for together, waiting in enumerate(self._finish):
+            if waiting:  # the loss does not depend on all of the group's leaves after all
+                self._sum(together)
         return self._sums.leaves()
 
     def measured(self, together: int, squares: Tensor, finish: Finish) -> None:
