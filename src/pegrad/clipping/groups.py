@@ -1,9 +1,11 @@
 """Leaves clipped group by group, each by a norm of its own."""
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import optree
@@ -36,12 +38,12 @@ class _Equal(ABC):
         return self.clip_norm
 
     @abstractmethod
-    def _labels(self, params: PyTree) -> list[str]:
-        """Name the group of each leaf."""
+    def _labels(self, spec: optree.PyTreeSpec) -> tuple[str, ...]:
+        """Name the group of each leaf of a structure."""
 
     def grouping(self, params: PyTree) -> Grouping:
         """See `Clipping.grouping`."""
-        labels = self._labels(params)
+        labels = self._labels(trees.flatten(params)[1])
         groups = {name: group for group, name in enumerate(dict.fromkeys(labels))}
         each = _bounded(self.weighting, self.clip_norm / math.sqrt(len(groups)))
         return Grouping(tuple(groups[label] for label in labels), (each,) * len(groups), tuple(groups))
@@ -65,8 +67,8 @@ class PerLeaf(_Equal):
     clip_norm: float
     weighting: Kind = Flat
 
-    def _labels(self, params: PyTree) -> list[str]:
-        return [f"params{path}" for path in trees.paths(params)]
+    def _labels(self, spec: optree.PyTreeSpec) -> tuple[str, ...]:
+        return _prefixes(spec, sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ class PerLayer(_Equal):
         if self.depth is not None and (not isinstance(self.depth, int) or self.depth < 1):
             raise ArgumentError(f"Expected depth to be None or a whole number >= 1, got depth={self.depth}")
 
-    def _labels(self, params: PyTree) -> list[str]:
-        return [f"params{_prefix(accessor, self.depth)}" for accessor in trees.flatten(params)[1].accessors()]
+    def _labels(self, spec: optree.PyTreeSpec) -> tuple[str, ...]:
+        return _prefixes(spec, self.depth)
 
 
 class _Given(ABC):
@@ -252,6 +254,12 @@ def _bounded(kind: Kind, bound: float) -> Weighting:
             f"{getattr(made, 'bound', 'none')}"
         )
     return made
+
+
+@lru_cache(maxsize=64)
+def _prefixes(spec: optree.PyTreeSpec, depth: int | None) -> tuple[str, ...]:
+    """Write the beginnings of all paths: kept, for paths are slow to make and the same at every step."""
+    return tuple(f"params{_prefix(accessor, depth)}" for accessor in spec.accessors())
 
 
 def _prefix(accessor: Sequence[Any], depth: int | None) -> str:
