@@ -198,14 +198,14 @@ MUTANTS = [
         "reductions/norms.py",
         "if self._awaited[together] == 1:",
         "if self._awaited[together] >= 1:",
-        "test_clipping_kinds.py -k test_every_kind and layer and book_keeping",
+        "test_clipping_kinds.py -k in_turns and convolution and book_keeping",
         "a leaf is weighed before the norms of the others of its group are known",
     ),
     Mutant(
         "reductions/norms.py",
         "before[some] + squares[-1], mask)",
         "squares[-1], mask)",
-        "test_clipping_kinds.py -k test_every_kind and layer and book_keeping",
+        "test_clipping_kinds.py -k in_turns and convolution and book_keeping",
         "the last leaf of a group is weighed by its own norm alone",
     ),
     Mutant(
