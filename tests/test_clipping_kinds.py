@@ -115,14 +115,14 @@ def layered(params, example):
     kernel = params["a"]["w"] * params["b"]["scale"][:, None]
     x = F.linear(x, kernel, params["a"]["b"]).tanh()
     x = F.linear(F.linear(x, params["b"]["w"]).tanh(), params["b"]["w"].T)
-    return F.cross_entropy(F.linear(x, params["a"]["w"].T), y)
+    return F.cross_entropy(F.linear(x, params["a"]["ww"]), y)
 
 
 def layers():
     torch.manual_seed(0)
     r = partial(torch.randn, dtype=torch.float64)
     return {
-        "a": {"w": r(6, 4), "b": r(6)},
+        "a": {"w": r(6, 4), "b": r(6), "ww": r(4, 6)},
         "b": {"scale": r(6), "w": r(5, 6)},
         "unused": {"w": r(3)},
     }, (r(7, 4), torch.arange(7) % 4)
@@ -260,10 +260,14 @@ def test_sensitivities_and_names():
     """Catches: a sum of bounds in place of the root of their squares; names in another order than the norms."""
     params, batch = layers()
     for clipping, sensitivity, names in (
-        (PerLeaf(C), C, ["params['a']['b']", "params['a']['w']", "params['b']['scale']", "params['b']['w']"]),
+        (PerLeaf(C), C, ["params['a']['b']", "params['a']['w']", "params['a']['ww']", "params['b']['scale']"]),
         (PerLayer(C), C, ["params['a']", "params['b']", "params['unused']"]),
         (ByLabel(lambda path: path[-3], {"e": 3.0, "w": 4.0, "b": 12.0}), 13.0, ["e", "w", "b"]),
-        (ByPrefix({"a": {"b": 3.0, "w": 4.0}, "b": 12.0, "unused": 84.0}), 85.0, ["params['a']['b']"]),
+        (
+            ByPrefix({"a": 3.0, "b": {"scale": 4.0, "w": 12.0}, "unused": 84.0}),
+            85.0,
+            ["params['a']", "params['b']['scale']"],
+        ),
         (Automatic(C), C, ["params"]),
     ):
         function = pegrad.clipped_grad(layered, clip_norm=clipping)
