@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from contestants import BASELINE, EVERYONE, REFERENCE
+from contestants import BASELINE, EVERYONE
 from isolation import FailedError, in_own_process, peak
+from pegrad import trees
 from pegrad.papers.comparison import relative_difference, timed
 from pegrad.trees import PyTree
 from runner import Effort, Point, spread
@@ -70,7 +71,7 @@ def _contest(name: str, workload: Workload, effort: Effort, device: str, referen
     task = workload.task(device)
     make, family = EVERYONE[name].make, EVERYONE[name].family
     clips = family != "floor"
-    difference = _difference_in_float64(name, task, references / "float64.pt") if clips else None
+    difference = _difference_in_float64(name, task, references) if clips else None
 
     baseline = EVERYONE[BASELINE].make
     for first in (baseline, make):
@@ -79,7 +80,7 @@ def _contest(name: str, workload: Workload, effort: Effort, device: str, referen
     (_, base), (answer, own) = timed(theirs, device), timed(ours, device)
     first_round = base, own  # each had to fetch its memory: it counts for want of another only
     rounds: list[tuple[float, float]] = []
-    as_timed = relative_difference(answer, _reference(task, references / "float32.pt")) if clips else None
+    as_timed = relative_difference(answer, _reference(name, task, references)) if clips else None
     del answer
     while len(rounds) < effort.rounds and (family == "ours" or _another_fits([first_round, *rounds], effort.budget)):
         rounds.append((timed(theirs, device)[1], timed(ours, device)[1]))
@@ -94,17 +95,19 @@ def _contest(name: str, workload: Workload, effort: Effort, device: str, referen
     }
 
 
-def _difference_in_float64(name: str, task: Task, reference: Path) -> float:
+def _difference_in_float64(name: str, task: Task, references: Path) -> float:
     few = task.first(FEW).to(torch.float64)
-    return relative_difference(EVERYONE[name].make(few, CLIP_NORM)(), _reference(few, reference))
+    return relative_difference(EVERYONE[name].make(few, CLIP_NORM)(), _reference(name, few, references))
 
 
-def _reference(task: Task, path: Path) -> PyTree:
-    """Our own answer: computed once, then read."""
+def _reference(name: str, task: Task, references: Path) -> PyTree:
+    """Our own answer to what a contestant is asked: computed once, then read."""
+    reference = EVERYONE[name].reference
+    path = references / f"{reference}, {trees.leaves(task.params)[0].dtype}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
-        torch.save(EVERYONE[REFERENCE].make(task, CLIP_NORM)(), unfinished)
+        torch.save(EVERYONE[reference].make(task, CLIP_NORM)(), unfinished)
         unfinished.replace(path)
     return torch.load(path)
 

@@ -10,7 +10,8 @@ import native
 import pegrad
 from choices import GhostOnly, InstantiateOnly, PublishedRule
 from jax_peers import jax_gradient, jax_privacy
-from peers import backpack, opacus_ghost, opacus_hooks
+from peers import backpack, opacus_ghost, opacus_hooks, opacus_per_layer
+from pegrad.clipping import Automatic, Clipping, Flat, PerLayer, PerLeaf
 from pegrad.strategies import Strategy
 from pegrad.trees import PyTree
 from workloads import Task, cross_entropies
@@ -30,6 +31,8 @@ class Contestant(NamedTuple):
     """On a CPU it takes part in these workloads only: in others it would take minutes a call. None: in all."""
     torch_memory: bool = True
     """Whether PyTorch allocates its memory, and can tell on a GPU how much."""
+    reference: str = "auto"
+    """Whose answer its own should be."""
 
 
 def native_gradient(task: Task, clip_norm: float) -> Callable[[], PyTree]:
@@ -46,15 +49,25 @@ def native_gradient(task: Task, clip_norm: float) -> Callable[[], PyTree]:
 
 
 def by_strategy(
-    task: Task, clip_norm: float, strategy: str | Strategy, microbatch_size: int | None = None
+    task: Task,
+    clip_norm: float,
+    strategy: str | Strategy,
+    microbatch_size: int | None = None,
+    clipping: Callable[[float], Clipping] = Flat,
 ) -> Callable[[], PyTree]:
     """`pegrad.clipped_grad`."""
-    clipped = pegrad.clipped_grad(task.loss, clip_norm=clip_norm, strategy=strategy, microbatch_size=microbatch_size)
+    clipped = pegrad.clipped_grad(
+        task.loss, clip_norm=clipping(clip_norm), strategy=strategy, microbatch_size=microbatch_size
+    )
     return lambda: clipped(task.params, task.batch).grads
 
 
 def _ours(strategy: str | Strategy) -> Contestant:
     return Contestant(partial(by_strategy, strategy=strategy), "ours")
+
+
+def _clipping(clipping: Callable[[float], Clipping], reference: str, strategy: str = "auto") -> Contestant:
+    return Contestant(partial(by_strategy, strategy=strategy, clipping=clipping), "ours", reference=reference)
 
 
 def _stacking(strategy: str, microbatch_size: int | None = None) -> Contestant:
@@ -87,4 +100,18 @@ CHOICES: dict[str, Contestant] = {
 }
 """Ghost clipping by other choices than ours; they take part in `mixed_ghost` alone."""
 
-EVERYONE = CONTESTANTS | CHOICES
+CLIPPINGS: dict[str, Contestant] = {
+    "per leaf": _clipping(PerLeaf, "per leaf, ghost"),
+    "per leaf, ghost": _clipping(PerLeaf, "per leaf", "ghost"),
+    "per layer": _clipping(PerLayer, "per layer, ghost"),
+    "per layer, ghost": _clipping(PerLayer, "per layer", "ghost"),
+    "automatic": _clipping(Automatic, "automatic, ghost"),
+    "automatic, ghost": _clipping(Automatic, "automatic", "ghost"),
+    "Opacus per layer": Contestant(opacus_per_layer, "peer", reference="per leaf"),
+}
+"""Other clippings than one norm over all leaves, each compared with another way to the same; in `clipping` alone.
+
+A clipping of another kind takes part once it has a line here.
+"""
+
+EVERYONE = CONTESTANTS | CHOICES | CLIPPINGS

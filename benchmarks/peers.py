@@ -1,4 +1,4 @@
-"""Peers that work on modules: Opacus by its hooks and by its ghost clipping, BackPACK by its batch norms.
+"""Peers that work on modules: Opacus by hooks, by ghost clipping and by parameter, BackPACK by its batch norms.
 
 Each function takes a task and a clip norm and returns a function without arguments, whose value is the clipped sum as
 a pytree like the task's parameters. None of them is needed for anything else: what is not installed raises
@@ -46,6 +46,32 @@ def opacus_hooks(task: Task, clip_norm: float) -> Callable[[], PyTree]:
         cross_entropies(module(images), labels).sum().backward()
         optimizer.clip_and_accumulate()
         sums = [parameter.summed_grad for parameter in native.trained(module)]
+        optimizer.zero_grad(set_to_none=True)
+        return native.restored(task.params, iter(sums))
+
+    return clipped_sum
+
+
+def opacus_per_layer(task: Task, clip_norm: float) -> Callable[[], PyTree]:
+    """Opacus's per-layer clipping, whose layers are single parameters: the bounds are equal and come to `clip_norm`."""
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPPerLayerOptimizer
+
+    images, labels = task.batch
+    module = GradSampleModule(task.module(), loss_reduction="sum")
+    parameters = list(native.trained(module))
+    optimizer = DPPerLayerOptimizer(
+        torch.optim.SGD(parameters, lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=[clip_norm / len(parameters) ** 0.5] * len(parameters),
+        expected_batch_size=None,
+        loss_reduction="sum",
+    )
+
+    def clipped_sum() -> PyTree:
+        cross_entropies(module(images), labels).sum().backward()
+        optimizer.clip_and_accumulate()
+        sums = [parameter.summed_grad for parameter in parameters]
         optimizer.zero_grad(set_to_none=True)
         return native.restored(task.params, iter(sums))
 

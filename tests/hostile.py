@@ -20,7 +20,19 @@ class Attack(NamedTuple):
     params: Any
     batch: Any
     row: Any
-    clip_norm: float = 1.0
+    clip_norm: Any = 1.0
+
+
+def doubled(attack: Attack) -> Attack:
+    """The same attack on two leaves at once, and on a third, made in part of the first: for clipping by groups."""
+    leaf = optree.tree_leaves(attack.params, namespace=NAMESPACE)[0]
+
+    def loss(params: Any, example: Any) -> Tensor:
+        between = optree.tree_map(lambda t: t + params["c"].to(t.dtype) * t, params["a"], namespace=NAMESPACE)
+        return attack.loss(between, example) + attack.loss(params["b"], example)
+
+    params = {"a": attack.params, "b": attack.params, "c": torch.zeros((), dtype=leaf.dtype)}
+    return attack._replace(loss=loss, params=params)
 
 
 ATTACKS: dict[str, Callable[[], Attack]] = {}

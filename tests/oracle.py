@@ -54,3 +54,15 @@ def assert_close(actual: Any, expected: list[Tensor], relative: float = 1e-10) -
             continue
         error = (got - want).abs().max()
         assert error <= relative * want.abs().max().clamp(min=1e-12), f"relative error {error / want.abs().max()}"
+
+
+def group_norms(grads: list[Tensor], of: list[int]) -> Tensor:
+    """Norm of each row over the leaves of each group: `(G, B)`."""
+    groups = [[grad for grad, group in zip(grads, of, strict=True) if group == which] for which in range(max(of) + 1)]
+    return torch.stack([norms(members) for members in groups])
+
+
+def weighted_sum(grads: list[Tensor], of: list[int], weight: Any) -> list[Tensor]:
+    """Sum of the rows, each leaf's weighed by a function of the group's index and its norms `(B,)`."""
+    weights = [weight(group, row) for group, row in enumerate(group_norms(grads, of))]
+    return [torch.einsum("b,b...->...", weights[group], g) for group, g in zip(of, grads, strict=True)]

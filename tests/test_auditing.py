@@ -473,3 +473,9 @@ else:
 """
     environment = os.environ | {"PYTHONPATH": str(Path(pegrad.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_canaries_are_clipped_by_one_norm_or_not_at_all():
+    """Catches: a clipping by groups taken for a number, deep inside."""
+    with pytest.raises(pegrad.ArgumentError, match="number or None, got PerLayer"):
+        auditing.score(linear, clip_norm=pegrad.clipping.PerLayer(1.0))

@@ -182,6 +182,20 @@ def test_clipped_grad_runs_through_and_resumes(module, tmp_path, capsys) -> None
     assert (tmp_path / "table1_smoke_cpu.png").stat().st_size > 10_000
 
 
+def test_every_clipping_is_measured_and_right(module, tmp_path) -> None:
+    """Catches: a clipping compared with another's answer, or with its own."""
+    arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    module("clipping").main(arguments)
+    points = json.loads((tmp_path / "clipping_smoke_cpu.json").read_text())["points"]
+    clippings = module("contestants").CLIPPINGS
+    for name, contestant in clippings.items():
+        assert contestant.reference != name
+        if contestant.family == "ours":
+            assert points[f"gradient/tiny/{name}"]["difference"] < 1e-12
+            assert points[f"memory/tiny/{name}"]["peak_bytes"] > 0
+    assert (tmp_path / "clipping_smoke_cpu.png").stat().st_size > 10_000
+
+
 def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) -> None:
     """Catches: a peer that is dropped in silence."""
     arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path), "--limit", "0.01"]

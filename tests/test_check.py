@@ -1,6 +1,7 @@
 """`pegrad.check`: right strategies pass in every dtype, planted faults are caught and named, and what cannot be
 compared is said."""
 
+import math
 import random as python_random
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from torch.func import functional_call
 
 import pegrad
 from cases import CASES
-from pegrad.clipping import Flat, Grouping
+from pegrad.clipping import Automatic, Flat, Grouping, Normalised, PerLayer, PerLeaf
 from pegrad.reductions.norms import SquaredNorms
 from pegrad.rules.bias import Bias, over_leading
 from pegrad.rules.costs import Work
@@ -257,6 +258,8 @@ class TestPlantedFaults:
 
         @dataclass(frozen=True)
         class Weights(Flat):
+            bound = math.inf  # or it would be held to it
+
             def weights(self, squared_norms, mask):
                 return (
                     torch.ones_like(squared_norms) if how == "none clipped" else self.clip_norm / squared_norms.sqrt()
@@ -264,6 +267,29 @@ class TestPlantedFaults:
 
         with pytest.raises(pegrad.CheckError, match=r"params\['w'\] \(wrong sum\)"):
             pegrad.check(plain, PARAMS, BATCH, strategy=Otherwise(), examples=examples)
+
+    @pytest.mark.parametrize("what", ["norms", "sum"])
+    def test_groups_that_are_not_kept_apart(self, what):
+        """Catches: a check that does not ask for what a clipping by groups makes of norms and sum."""
+
+        class Together(type(pegrad.STRATEGIES["naive"])):
+            def clipped_sum(self, problem, grouping):
+                sums, squares, values = super().clipped_sum(problem, grouping)
+                if what == "norms":
+                    return sums, squares.flip(1), values
+                return super().clipped_sum(problem, Grouping.flat(2, grouping.weightings[0]))[0], squares, values
+
+        match = r"norms \(wrong\)" if what == "norms" else "wrong sum"
+        with pytest.raises(pegrad.CheckError, match=match):
+            pegrad.check(plain, PARAMS, BATCH, strategy=Together(), clip_norm=PerLeaf(1.0))
+
+    @pytest.mark.parametrize("strategy", ["auto", "ghost", "vmap"])
+    @pytest.mark.parametrize(
+        "clipping", [1e-3, PerLeaf(1.0), PerLayer(1e3), Automatic(1.0), PerLeaf(0.1, weighting=Normalised)]
+    )
+    def test_any_clipping_may_be_checked(self, clipping, strategy):
+        """Catches: a right strategy called wrong, since the check weighs otherwise than the clipping."""
+        assert not pegrad.check(plain, PARAMS, BATCH, strategy=strategy, clip_norm=clipping).differing
 
     def test_norms_that_cancel_in_float32_alone(self):
         """Catches: a comparison in float64 only."""

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import pegrad
 from cases import CASES
+from pegrad.clipping import PerLayer, PerLeaf
 from pegrad.rules.conv.site import ConvWeight
 from pegrad.rules.embedding import EmbeddingWeight
 from pegrad.rules.linear import LinearWeight
@@ -181,3 +182,22 @@ class TestText:
     def test_it_shows_the_next_best_way_alone(self):
         explanation = pegrad.explain(CASES["module"].loss, *CASES["module"].make())
         assert all(line.count(" ms") <= 2 for line in str(explanation).splitlines())
+
+
+def test_groups_are_shown_where_there_are_several():
+    """Catches: a plan printed that is not the one that runs, where a parameter is made of leaves of two groups."""
+
+    def loss(params, x):
+        x = F.linear(x, params["a"]["w"] * params["scale"], params["a"]["b"]).tanh()
+        return F.linear(x, params["b"]["w"]).sum()
+
+    params = {"a": {"w": r(6, 4), "b": r(6)}, "b": {"w": r(5, 6)}, "scale": r(6, 1)}
+    flat, layers = (pegrad.explain(loss, params, r(3, 4), clip_norm=clip_norm) for clip_norm in (1.0, PerLayer(1.0)))
+    assert "(group" not in str(flat)
+    assert "params['b']['w'] (group params['b'])" in str(layers)
+    assert [use.group for use in layers.uses] == ["params['a'], params['scale']", "params['a']", "params['b']"]
+    assert [use.why for use in flat.uses][:2] == ["made of parameters", ""]
+    assert [use.why for use in layers.uses][:2] == ["shares a leaf", ""]
+    assert all(
+        len(line) <= 120 for line in str(pegrad.explain(loss, params, r(3, 4), clip_norm=PerLeaf(1.0))).splitlines()
+    )

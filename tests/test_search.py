@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import hostile
 import pegrad
-from hostile import Attack, movement
+from hostile import Attack, doubled, movement
+from pegrad.clipping import Automatic, Normalised, PerLeaf, Weighted
 
 LIMIT = 1 + 1e-4
 STRATEGIES = ["ghost", "book_keeping", "vmap"]
@@ -83,6 +84,22 @@ def _normalised(params, example):
     return (F.linear(x, params / params.norm(dim=1, keepdim=True)) * g).sum()
 
 
+@st.composite
+def clippings(draw):
+    """A clipping of every kind, with an attack; by groups it is on several leaves."""
+    attack, clip_norm, other = draw(attacks()), draw(exponents(-3, 3)), draw(exponents(-3, 3))
+    kinds = {
+        "automatic": lambda c: Automatic(c, other),
+        "normalised": Normalised,
+        "weighted": lambda c: Weighted(lambda norm: norm / other, c, other),
+        "flat": lambda c: c,
+    }
+    kind = kinds[draw(st.sampled_from(list(kinds)))]
+    if draw(st.booleans()):
+        return doubled(attack), PerLeaf(clip_norm, kind) if kind is not kinds["flat"] else PerLeaf(clip_norm)
+    return attack, kind(clip_norm)
+
+
 def check(strategy, attack, at, clip_norm):
     found = movement(attack._replace(clip_norm=clip_norm), strategy, at=min(at, len(attack.batch[1])))
     target(min(found, 10.0), label=strategy)
@@ -95,6 +112,23 @@ def check(strategy, attack, at, clip_norm):
 def test_no_example_is_found_that_moves_the_sum_further(strategy, attack, at, clip_norm):
     """Catches: hostile rows that nobody has thought of yet, a few of them."""
     check(strategy, attack, at, clip_norm)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(clipped=clippings(), at=st.integers(0, 80))
+def test_nor_under_any_clipping(strategy, clipped, at):
+    """Catches: the same where small gradients are scaled up, and where each leaf has a bound of its own."""
+    check(strategy, clipped[0], at, clipped[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(clipped=clippings(), at=st.integers(0, 80))
+def test_nor_under_any_clipping_in_minutes(strategy, clipped, at):
+    """Catches: the same, a thousand of them, and other ones every time."""
+    check(strategy, clipped[0], at, clipped[1])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """One example moves the clipped sum by at most the sensitivity and a ten-thousandth, whatever it holds."""
 
+import itertools
 import math
 
 import optree
@@ -9,9 +10,17 @@ import torch.nn.functional as F
 
 import hostile
 import pegrad
-from hostile import ATTACKS, Attack, movement
+from hostile import ATTACKS, Attack, doubled, movement
+from pegrad.clipping import Automatic, Normalised, PerLeaf, Weighted
 
 STRATEGIES = [*pegrad.STRATEGIES]
+CLIPPINGS = {
+    "automatic": Automatic,
+    "normalised": Normalised,
+    "weighted": lambda c: Weighted(lambda norm: norm, c, 10.0),
+    "per leaf": PerLeaf,
+    "per leaf, normalised": lambda c: PerLeaf(c, Normalised),
+}
 LIMIT = 1 + 1e-4
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -29,6 +38,34 @@ def test_no_hostile_example_moves_the_sum_further(name, strategy):
     assert movement(attack, strategy, at=3, normalize_by=7.0) <= LIMIT
     last = len(optree.tree_leaves(attack.batch)[0])  # the sum of all the others is there to be swallowed
     assert movement(attack, strategy, at=last) <= LIMIT
+
+
+def hostile_under(clipping, name, strategy, dtype=torch.float32):
+    """How far an attack moves a sum; by groups it is on several leaves, some of them shared."""
+    attack = ATTACKS[name]()
+    if dtype != torch.float32:
+        attack = attack._replace(**{key: cast(getattr(attack, key), dtype) for key in ("params", "batch", "row")})
+    if "leaf" in clipping:
+        attack = doubled(attack)
+    attack = attack._replace(clip_norm=CLIPPINGS[clipping](attack.clip_norm))
+    return movement(attack, strategy, at=1, normalize_by=7.0)
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
+@pytest.mark.parametrize(("name", "clipping"), [*zip(ATTACKS, itertools.cycle(CLIPPINGS), strict=False)])
+def test_no_hostile_example_moves_the_sum_further_under_any_clipping(name, clipping, strategy):
+    """Catches: a guard made for a clip norm where small gradients are scaled up; one group's weights for another's."""
+    assert hostile_under(clipping, name, strategy) <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_nor_in_the_whole_product(name, clipping, dtype, strategy):
+    """Catches: what the test above leaves out."""
+    assert hostile_under(clipping, name, strategy, dtype) <= LIMIT
 
 
 @pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from pegrad import accounting, random, trees
+from pegrad.clipping import PerLayer
 from pegrad.dp_sgd import DPSGD
 from pegrad.errors import ArgumentError
+from pegrad.papers import plots
 from pegrad.papers.data import Dataset
 from pegrad.papers.models import Model
 from pegrad.papers.training import (
@@ -211,3 +213,17 @@ def test_the_learning_rate_reaches_the_optimizer():
     assert isinstance(step, PlainSGD)
     updates, _ = step.optimizer.update(grads, step.optimizer.init(grads), grads)
     torch.testing.assert_close(updates["w"], torch.full((3,), -0.25))
+
+
+def test_a_run_may_be_clipped_by_layers_and_drawn():
+    """Catches: norms by groups joined as if they were examples, in the loop's records or its picture."""
+    privacy = replace(PRIVACY, clip_norm=PerLayer(0.5))
+    plan = make_plan(SETTINGS, privacy, DATA)
+    assert plan.step.clipped_grad.sensitivity == pytest.approx(0.5 / 8)
+    taken = list(steps(plan, DATA, random.key(7)))
+    groups = plan.step.clipped_grad.groups(taken[0].params)
+    for step in taken:
+        assert step.metrics.norms.shape == (len(groups), len(step.metrics.mask))
+        assert step.metrics.whole_norms.shape == step.metrics.mask.shape
+    history = [evaluate(plan, DATA, taken[-1])]
+    plots.private_training(history, [step.metrics.whole_norms for step in taken], 0.5, "by layers")

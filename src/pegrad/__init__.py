@@ -1,6 +1,6 @@
 """Per-example gradients and differentially private SGD for pure PyTorch functions."""
 
-from pegrad import accounting, auditing, modules, optim, random, sampling
+from pegrad import accounting, auditing, clipping, modules, optim, random, sampling
 from pegrad.check import check
 from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.checkpointing import checkpoint
@@ -79,6 +79,7 @@ __all__ = [
     "check",
     "checkpoint",
     "clipped_grad",
+    "clipping",
     "dp_sgd",
     "explain",
     "from_module",

@@ -1,5 +1,7 @@
 """Checks of numbers that a user gives: one place, one wording."""
 
+from numbers import Real
+
 from pegrad.errors import ArgumentError
 
 _LEAST, _GREATEST = 1e-9, 1e9
@@ -13,6 +15,8 @@ def check_positive(name: str, value: float) -> None:
 
 def check_scale(name: str, value: float) -> None:
     """Raise `ArgumentError` unless `value` is a number that float32 gradients can be measured by."""
+    if not isinstance(value, Real):
+        raise ArgumentError(f"Expected {name} to be a number, got {type(value).__name__}")
     if not _LEAST <= value <= _GREATEST:
         raise ArgumentError(
             f"Expected {name} to be between {_LEAST:g} and {_GREATEST:g}, got {name}={value}: beyond, float32 "

@@ -9,6 +9,7 @@ from pegrad._validate import check_size
 from pegrad.checking.compare import Errors, Subject, compare, compare_random, distance_of, dtype_name, worse
 from pegrad.checking.loop import Loop
 from pegrad.checking.report import CheckReport, LeafCheck
+from pegrad.clipping import Clipping, as_clipping
 from pegrad.errors import CheckError
 from pegrad.per_example import Loss
 from pegrad.strategies import Strategy, resolve
@@ -19,7 +20,13 @@ from pegrad.trees import PyTree
 
 @eager
 def check(
-    loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strategy = "auto", examples: int = 4
+    loss: Loss,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    clip_norm: float | Clipping | None = None,
+    strategy: str | Strategy = "auto",
+    examples: int = 4,
 ) -> CheckReport:
     """Compare a strategy with a loop of `torch.autograd.grad`, one example at a time, on a batch's first examples.
 
@@ -34,6 +41,8 @@ def check(
         loss: as for `pegrad.per_example_grad`.
         params: pytree of floating-point tensors.
         batch: pytree of tensors with one leading axis `B >= 1`.
+        clip_norm: as for `pegrad.clipped_grad`: the sum is clipped so, and the norms of its groups are compared. None:
+            a bound on the norm over all leaves that some of the examples exceed and some do not.
         strategy: as for `pegrad.per_example_grad`.
         examples: how many rows of the batch to compare, >= 1. Each goes at least twice through the loop.
 
@@ -43,7 +52,7 @@ def check(
     Raises:
         CheckError: a difference beyond rounding; a loss that differs from run to run; or nothing to compare, because no
             gradient is finite. The report, where there is one, is the error's `report`.
-        ArgumentError: an empty batch, `examples` below 1, or an unknown strategy.
+        ArgumentError: an empty batch, `examples` below 1, an unknown strategy, or as `pegrad.clipped_grad`.
         LossError: the loss depends on no leaf of `params`, or changes an argument in place; or as
             `pegrad.per_example_grad`.
         LeafError: as `pegrad.per_example_grad`.
@@ -57,7 +66,8 @@ def check(
     [("params['w']", 'same')]
     """
     check_size("examples", examples)
-    subject = Subject.of(loss, params, batch, resolve(strategy), examples)
+    clipping = None if clip_norm is None else as_clipping(clip_norm)
+    subject = Subject.of(loss, params, batch, resolve(strategy), examples, clipping)
     loop = subject.loop()
     random = _is_random(subject, loop)
     notes = _notes(loop, random)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pegrad import random, trees
 from pegrad._validate import check_positive
+from pegrad.clipping import Clipping
 from pegrad.errors import ArgumentError
 from pegrad.numerics import accumulator
 from pegrad.per_example import ClippedGrad, Loss, clipped_grad
@@ -43,11 +44,11 @@ class Metrics(NamedTuple):
     losses: Tensor
     """`(B,)`; 0 for padding."""
     norms: Tensor
-    """`(B,)`, before clipping; 0 for padding."""
+    """`(B,)`, before clipping; 0 for padding. With clipping groups `(G, B)`, in the order of `ClippedGrad.groups`."""
     aux: PyTree
     """What the loss returned beside the scalar, each leaf with a leading axis `B`; 0 for padding."""
     non_finite: Tensor
-    """Examples that contributed zero because their gradient was not finite, int64 scalar."""
+    """Examples whose gradient was not finite, int64 scalar; see `Clipped.non_finite`."""
     mask: Tensor
     """`(B,)`, boolean: False for padding."""
 
@@ -55,6 +56,11 @@ class Metrics(NamedTuple):
     def mean_loss(self) -> Tensor:
         """The mean loss of the examples, padding left out: a scalar, NaN where there is no example."""
         return self.losses.sum() / self.mask.sum()
+
+    @property
+    def whole_norms(self) -> Tensor:
+        """`(B,)`: the norms over all leaves together, whatever the clipping groups are."""
+        return self.norms if self.norms.dim() == 1 else torch.linalg.vector_norm(self.norms, dim=0)
 
 
 class Step(NamedTuple):
@@ -109,7 +115,7 @@ def dp_sgd(
     loss: Loss,
     optimizer: Any,
     *,
-    clip_norm: float,
+    clip_norm: float | Clipping,
     noise_multiplier: float,
     expected_batch_size: float,
     strategy: str | Strategy = "auto",
@@ -122,7 +128,7 @@ def dp_sgd(
         optimizer: a pair `(init, update)` in optax's sense: `init(params) -> state` and `update(grads, state, params)
             -> (updates, state)`, updates being added to the parameters. Those of `pegrad.optim`, TorchOpt's, or
             one's own.
-        clip_norm: bound C on the norm of each example's gradient, > 0.
+        clip_norm: bound C on the norm of each example's gradient, > 0; or a clipping of `pegrad.clipping`.
         noise_multiplier: standard deviation of the noise over the sensitivity, >= 0.
         expected_batch_size: public constant that the sum of gradients is divided by, > 0; for Poisson sampling,
             sampling rate times number of examples.

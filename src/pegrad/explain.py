@@ -13,6 +13,7 @@ from torch import Tensor
 from pegrad import trees
 from pegrad._validate import check_size
 from pegrad.call import Call
+from pegrad.clipping import Clipping, Grouping, as_clipping, grouping_of
 from pegrad.errors import ArgumentError
 from pegrad.per_example import Loss
 from pegrad.plan.candidates import Candidate, Shaped, candidates, stack_name, timing_key
@@ -54,6 +55,8 @@ class Use:
     """Why there was no choice, or how many uses of one parameter were chosen for together; otherwise empty."""
     candidates: tuple[Candidate, ...]
     """Every way there was, the cheapest first."""
+    group: str = ""
+    """The clipping group of its leaves, where there are several groups."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,22 @@ class Explanation:
 
 
 @eager
-def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strategy = "auto") -> Explanation:
+def explain(
+    loss: Loss,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    clip_norm: float | Clipping | None = None,
+    strategy: str | Strategy = "auto",
+) -> Explanation:
     """Say how a strategy finds norms and clipped sum, use by use, by running the loss forward and backward once.
 
     Args:
         loss: as for `pegrad.per_example_grad`.
         params: pytree of floating-point tensors.
         batch: pytree of tensors with one leading axis `B`.
+        clip_norm: as for `pegrad.clipped_grad`. Of a clipping by groups, the group of each use is shown; what is made
+            of the leaves of two groups is found in another way. None: all leaves are clipped together.
         strategy: `auto`, `book_keeping` or `ghost`, or one of those classes' objects.
 
     Returns:
@@ -106,15 +118,16 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
 
     Raises:
         ArgumentError: the strategy does not choose site by site.
-        LeafError, LossError: as `pegrad.per_example_grad`.
+        LeafError, LossError: as `pegrad.per_example_grad`, and as `pegrad.clipped_grad` for `clip_norm`.
     """
     chosen = _traced(strategy)
     problem = Call.of(loss, params, batch, None).problem
+    grouping = None if clip_norm is None else grouping_of(as_clipping(clip_norm), params)
     auto = isinstance(resolve(strategy), Auto)
     names = trees.paths(params)
 
     def explained(part: Problem) -> tuple[list[Use], tuple[str, ...]]:
-        _, uses = chosen.run(part, partial(_Uses, chosen=chosen, problem=part, paths=names))
+        _, uses = chosen.run(part, partial(_Uses, chosen=chosen, problem=part, paths=names, grouping=grouping))
         return [*uses.of_sites(), *uses.of_copies()], uses.unused()
 
     with attributed(chosen, problem):
@@ -135,8 +148,12 @@ def explain(loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strate
 class _Uses:
     """A receiver that computes nothing, and notes which uses come in."""
 
-    def __init__(self, trace: Trace, chosen: Traced, problem: Problem, paths: list[str]) -> None:
-        self.plan = Plan(trace, chosen.choose if chosen.keeps else chosen.choose_norm, problem.sum_rows)
+    def __init__(
+        self, trace: Trace, chosen: Traced, problem: Problem, paths: list[str], grouping: Grouping | None
+    ) -> None:
+        choose = chosen.choose if chosen.keeps else chosen.choose_norm
+        self.plan = Plan(trace, choose, problem.sum_rows, grouping and grouping.of)
+        self._grouping = grouping
         self._trace = trace
         self._chosen = chosen
         self._problem = problem
@@ -174,12 +191,18 @@ class _Uses:
                 copies.rows.numel() if self._chosen.keeps else 0,
                 _why_copied(copies.operation),
                 (),
+                self._group(self.plan.uses.leaves(copies.source)),
             )
             for copies in self._trace.copies
         ]
 
     def _name(self, leaves: Collection[int]) -> str:
         return ", ".join(f"params{self._paths[leaf]}" for leaf in sorted(leaves))
+
+    def _group(self, leaves: Collection[int]) -> str:
+        if self._grouping is None or self._grouping.names is None:
+            return ""
+        return ", ".join(self._grouping.names[i] for i in sorted({self._grouping.of[leaf] for leaf in leaves}))
 
     def _of_site(self, site: Site, tapped: Tapped) -> Use:
         group, keeps = self.plan.of[id(site.source)], self._chosen.keeps
@@ -204,6 +227,7 @@ class _Uses:
             kept if keeps else 0,
             why,
             tuple(candidates(options, self._chosen.timings)),
+            self._group(self.plan.uses.leaves(site.source)),
         )
 
 
@@ -265,7 +289,7 @@ def _cells(use: Use) -> tuple[str, ...]:
     chosen = [c for c in use.candidates if use.norm in c.names and c.keeps == (use.sum != "native")]
     others = [c for c in use.candidates if c not in chosen]
     return (
-        use.leaves,
+        use.leaves + (f" (group {use.group})" if use.group else ""),
         use.operation,
         *shapes,
         use.norm,

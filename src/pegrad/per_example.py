@@ -10,7 +10,7 @@ from torch import Tensor
 from pegrad import trees
 from pegrad._validate import check_scale, check_size
 from pegrad.call import Call
-from pegrad.clipping import Clipping, Flat
+from pegrad.clipping import Clipping, as_clipping, grouping_of
 from pegrad.numerics import accumulator
 from pegrad.problem import Leaves
 from pegrad.reductions.norms import SquaredNorms
@@ -46,11 +46,13 @@ class Clipped(NamedTuple):
     losses: Tensor
     """`(B,)`; 0 for padding."""
     norms: Tensor
-    """`(B,)`, before clipping, in at least float32; 0 for padding."""
+    """Before clipping, in at least float32; 0 for padding. `(B,)` where all leaves are clipped together; with clipping
+    groups `(G, B)`, a row for each, in the order of `ClippedGrad.groups`."""
     aux: PyTree
     """What the loss returned beside the scalar, each leaf with a leading axis `B`; None if it returned nothing."""
     non_finite: Tensor
-    """Number of examples that contributed zero because their gradient was not finite, int64 scalar."""
+    """Number of examples whose gradient was not finite, int64 scalar. They contributed zero: of several clipping
+    groups, to those in which it was not."""
 
 
 def per_example_grad(
@@ -122,31 +124,41 @@ def per_example_value_and_grad(
 
 
 def per_example_norm(
-    loss: Loss, *, strategy: str | Strategy = "auto", chunk_size: int | None = None
+    loss: Loss,
+    *,
+    by: Clipping | None = None,
+    strategy: str | Strategy = "auto",
+    chunk_size: int | None = None,
 ) -> Callable[..., Tensor]:
     """Make a function that returns the norm of each example's gradient.
 
     Args:
         loss: as for `per_example_grad`.
+        by: a clipping whose groups of leaves each have a norm of their own, such as `pegrad.clipping.PerLayer(1.0)`;
+            nothing is clipped. None: one norm over all leaves together.
         strategy: as for `per_example_grad`.
         chunk_size: as for `per_example_grad`.
 
     Returns:
-        `(params, batch, mask=None) -> norms`, `(B,)`, in at least float32: Euclidean, over all leaves together; 0
-        for padding.
+        `(params, batch, mask=None) -> norms`, in at least float32: Euclidean; 0 for padding. `(B,)`, over all leaves
+        together, or `(G, B)`, a row for each group, the same as `Clipped.norms`.
 
     Raises:
-        ArgumentError, LeafError, LossError: as `per_example_grad`.
+        ArgumentError, LeafError, LossError: as `per_example_grad`, and as `clipped_grad` for `by`.
     """
     chosen = resolve(strategy)
+    clipping = None if by is None else as_clipping(by)
     check_size("chunk_size", chunk_size)
 
     @eager
     def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
         call = Call.of(loss, params, batch, mask)
+        grouping = None if clipping is None else grouping_of(clipping, params)
+        reduction = SquaredNorms(grouping and grouping.of)
         with attributed(chosen, call.problem):
-            answers = [ByPath(chosen).reduce(chunk, SquaredNorms())[0] for chunk in call.chunks(chunk_size)]
-        return _norms(call, [squares for (squares,) in answers])[0]
+            answers = [ByPath(chosen).reduce(chunk, reduction)[0] for chunk in call.chunks(chunk_size)]
+        found = _norms(call, [squares for (squares,) in answers])
+        return found[0] if grouping is None or grouping.names is None else found
 
     return norms
 
@@ -154,7 +166,7 @@ def per_example_norm(
 def clipped_grad(
     loss: Loss,
     *,
-    clip_norm: float,
+    clip_norm: float | Clipping,
     strategy: str | Strategy = "auto",
     microbatch_size: int | None = None,
     normalize_by: float = 1.0,
@@ -163,7 +175,8 @@ def clipped_grad(
 
     Args:
         loss: as for `per_example_grad`.
-        clip_norm: bound C on the Euclidean norm of each example's gradient over all leaves, > 0.
+        clip_norm: bound C on the Euclidean norm of each example's gradient over all leaves, > 0; or a clipping of
+            `pegrad.clipping`: by groups of leaves, automatic, by a function of one's own.
         strategy: as for `per_example_grad`.
         microbatch_size: examples whose gradients are computed at a time, >= 1; the sum is accumulated over them, at
             constant memory (1 is Lee et al. 2021, NanoBatch). The result is the same for every value, up to
@@ -175,13 +188,13 @@ def clipped_grad(
 
     Raises:
         ArgumentError: unknown strategy, or a number out of its bounds.
-        LeafError, LossError: on a call, as `per_example_grad`.
+        LeafError, LossError: on a call, as `per_example_grad`, and where the clipping does not fit the parameters.
 
     Guarantee: see `ClippedGrad`.
 
-    Source: Abadi et al. 2016, Algorithm 1.
+    Source: Abadi et al. 2016, Algorithm 1; for others, see the clipping.
     """
-    clipping = Flat(clip_norm)
+    clipping = as_clipping(clip_norm)
     check_scale("normalize_by", normalize_by)
     check_size("microbatch_size", microbatch_size)
     return ClippedGrad(loss, clipping, resolve(strategy), microbatch_size, normalize_by)
@@ -194,7 +207,9 @@ class ClippedGrad:
     Guarantee: for batches that differ by one example, added or removed, the Euclidean distance of the two values of
     `Clipped.grads` over all leaves is at most `sensitivity`, up to floating-point rounding; whatever the example
     is, NaN and infinity included. Nothing is divided by the size of the batch, nor by any other function of the
-    data. Bound to `test_neighbouring_batches_differ_by_at_most_the_sensitivity`.
+    data. Each group of leaves is bounded by itself, so an example that is not finite in one of them contributes zero
+    there, and its clipped gradient elsewhere. Bound to `test_neighbouring_batches_differ_by_at_most_the_sensitivity`
+    and `test_no_hostile_example_moves_the_sum_further_under_any_clipping`.
     """
 
     loss: Loss
@@ -207,6 +222,22 @@ class ClippedGrad:
     def sensitivity(self) -> float:
         """How far one example, added or removed, can move the value: the clipping's own over `normalize_by`."""
         return self.clipping.sensitivity / self.normalize_by
+
+    def groups(self, params: PyTree) -> tuple[str, ...]:
+        """Name the clipping groups that the leaves of some parameters fall into.
+
+        Args:
+            params: pytree of floating-point tensors.
+
+        Returns:
+            A name for each row of norms `(G, B)`: what the leaves of the group have in common, such as
+            `params['conv']`, or their label. `("params",)` where all leaves are clipped together.
+
+        Raises:
+            ArgumentError, LeafError: the clipping does not fit the parameters.
+        """
+        trees.flatten_params(params)
+        return grouping_of(self.clipping, params).names or ("params",)
 
     @eager
     def __call__(self, params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Clipped:
@@ -223,9 +254,10 @@ class ClippedGrad:
         Raises:
             LeafError: a leaf of `params` or `batch` of the wrong type, dtype or leading axis.
             LossError: the loss is no scalar function of one example.
+            ArgumentError, LeafError: the clipping does not fit the parameters.
         """
         call = Call.of(self.loss, params, batch, mask)
-        grouping = self.clipping.grouping(params)
+        grouping = grouping_of(self.clipping, params)
         sums = _Accumulator(call)
         squares, values = [], []
         for chunk in call.chunks(self.microbatch_size):

@@ -1,6 +1,7 @@
 """Canaries scored while a run trains: what each step released, against the gradient of each canary."""
 
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -82,12 +83,17 @@ def score(loss: Loss, *, clip_norm: float | None = None) -> Score:
         `released`, a pytree like `params`. `canaries` is a pytree of tensors with a leading axis `m`.
 
     Raises:
-        ArgumentError: `clip_norm` is not above zero.
+        ArgumentError: `clip_norm` is not a number above zero.
         LeafError, LossError: on a call, as `pegrad.per_example_dot`.
 
     Source: Steinke, Nasr & Jagielski 2023, arXiv 2305.08846 (auditing DP-SGD from its gradients).
     """
     if clip_norm is not None:
+        if not isinstance(clip_norm, Real):
+            raise ArgumentError(
+                f"Expected clip_norm to be a number or None, got {type(clip_norm).__name__}: canaries are clipped by "
+                "the norm over all leaves, or not at all"
+            )
         check_positive("clip_norm", clip_norm)
     dots, norms = per_example_dot(loss), per_example_norm(loss)
 

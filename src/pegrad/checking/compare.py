@@ -1,6 +1,6 @@
 """Compare a strategy's answers with the loop's: errors relative to gradients and to the terms they are sums of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from pegrad import trees
 from pegrad.call import Call
 from pegrad.checking.loop import Leaves, Loop, row_norms, run, seeded, whole_norms
+from pegrad.clipping import Clipping, Flat, Weights, grouping_of
 from pegrad.errors import ArgumentError, LossError
 from pegrad.per_example import Loss, clipped_grad, per_example_norm, per_example_value_and_grad
 from pegrad.strategies import Strategy
@@ -79,8 +80,13 @@ class Answers:
 
     losses: Tensor  # (B,)
     grads: Leaves  # each (B, ...)
-    norms: Tensor  # (2, B): asked for by themselves, and beside the sum
+    groups: Tensor  # (2, G, B): norms of each clipping group, asked for by themselves, and beside the sum
     sums: Leaves  # of clipped gradients
+
+    @property
+    def norms(self) -> Tensor:
+        """Norms over all leaves: `(2, B)`."""
+        return self.groups.square().sum(1).sqrt()
 
 
 @dataclass(frozen=True)
@@ -91,15 +97,25 @@ class Subject:
     strategy: Strategy
     params: PyTree
     batch: PyTree
+    clipping: Clipping | None = None
+    """None: one norm over all leaves, and a bound that some gradients exceed."""
 
     @classmethod
-    def of(cls, loss: Loss, params: PyTree, batch: PyTree, strategy: Strategy, examples: int) -> "Subject":
+    def of(
+        cls,
+        loss: Loss,
+        params: PyTree,
+        batch: PyTree,
+        strategy: Strategy,
+        examples: int,
+        clipping: Clipping | None = None,
+    ) -> "Subject":
         """Take a batch's first examples, once it is known to be one."""
         trees.flatten_params(params)
         if trees.flatten_batch(batch)[2] == 0:
             raise ArgumentError("Expected a batch of at least one example to compare on, got an empty one")
         rows = trees.map(lambda leaf: leaf[:examples].detach(), batch)
-        return cls(loss, strategy, trees.map(Tensor.detach, params), rows)
+        return cls(loss, strategy, trees.map(Tensor.detach, params), rows, clipping)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,11 +165,15 @@ class Subject:
             )
         return loop
 
-    def answers(self, clip_norm: float | None, rows: slice = slice(None), seed: int = 0) -> Answers:
+    def clipping_for(self, norms: Tensor) -> Clipping:
+        """Return the clipping, or one that suits gradients of these norms."""
+        return self.clipping or Flat(_clip_norm(norms))
+
+    def answers(self, clipping: Clipping | None, rows: slice = slice(None), seed: int = 0) -> Answers:
         """Ask the strategy, with torch's generators started from the seed for each question.
 
         Args:
-            clip_norm: the bound of the clipped sum; None: one that suits the strategy's own gradients.
+            clipping: how the sum is clipped; None: as suits the strategy's own gradients.
             rows: which examples.
             seed: for example b of a batch of one it is `b`, as in the loop.
         """
@@ -165,20 +185,20 @@ class Subject:
 
         stacked = ask(per_example_value_and_grad(self.loss, strategy=self.strategy))
         grads = _double(stacked.grads)
-        clip_norm = clip_norm or _clip_norm(whole_norms(grads))
-        norms = ask(per_example_norm(self.loss, strategy=self.strategy))
-        clipped = ask(clipped_grad(self.loss, clip_norm=clip_norm, strategy=self.strategy))
+        clipping = clipping or self.clipping_for(whole_norms(grads))
+        norms = ask(per_example_norm(self.loss, by=clipping, strategy=self.strategy))
+        clipped = ask(clipped_grad(self.loss, clip_norm=clipping, strategy=self.strategy))
         both = torch.stack([norms.double(), clipped.norms.double()])
-        return Answers(stacked.losses.double(), grads, both, _double(clipped.grads))
+        return Answers(stacked.losses.double(), grads, both.reshape(2, -1, both.shape[-1]), _double(clipped.grads))
 
-    def one_by_one(self, clip_norm: float) -> Answers:
+    def one_by_one(self, clipping: Clipping) -> Answers:
         """Ask the strategy for each example by itself, the generators started as in the loop."""
-        each = [self.answers(clip_norm, slice(b, b + 1), b) for b in range(self.size)]
-        losses, grads, norms, sums = zip(*((a.losses, a.grads, a.norms, a.sums) for a in each), strict=True)
+        each = [self.answers(clipping, slice(b, b + 1), b) for b in range(self.size)]
+        losses, grads, norms, sums = zip(*((a.losses, a.grads, a.groups, a.sums) for a in each), strict=True)
         return Answers(
             torch.cat(losses),
             [torch.cat(column) for column in zip(*grads, strict=True)],
-            torch.cat(norms, 1),
+            torch.cat(norms, 2),
             [torch.stack(column).sum(0) for column in zip(*sums, strict=True)],
         )
 
@@ -195,9 +215,9 @@ def compare(
         terms: how large the terms are that losses, gradients and norms are sums of, as far as known.
         alone: whether to ask for one example at a time.
     """
-    clip_norm = _clip_norm(reference.norms[loop.finite])
-    answers = subject.one_by_one(clip_norm) if alone else subject.answers(clip_norm)
-    errors = _errors(subject, answers, reference, clip_norm, terms, loop)
+    clipping = subject.clipping_for(reference.norms[loop.finite])
+    answers = subject.one_by_one(clipping) if alone else subject.answers(clipping)
+    errors = _errors(subject, answers, reference, clipping, terms, loop)
     if errors.within():
         return errors
     # What lies within rounding of a kink or a tie may fall to either side. Is the strategy further away than the loop
@@ -206,7 +226,7 @@ def compare(
     for seed in range(_PERTURBED):
         moved = distance_of(subject.perturbed(size, seed).loop(), loop).over(errors.tolerance / _FURTHER)
         terms = moved.join(terms, torch.maximum)
-    return _errors(subject, answers, reference, clip_norm, terms, loop)
+    return _errors(subject, answers, reference, clipping, terms, loop)
 
 
 def compare_random(subject: Subject, loop: Loop) -> Errors:
@@ -226,30 +246,39 @@ def compare_random(subject: Subject, loop: Loop) -> Errors:
     together = subject.answers(None)
     norms = whole_norms(together.grads)
     own = replace(loop, losses=together.losses, grads=together.grads, finite=norms.isfinite())
-    several = _errors(subject, together, own, _clip_norm(norms[own.finite]), None, own)
+    several = _errors(subject, together, own, subject.clipping_for(norms[own.finite]), None, own)
     sums = list(map(worse, alone.sums, several.sums))
     return alone._replace(sums=sums, norms=worse(alone.norms, several.norms))
 
 
 def _errors(
-    subject: Subject, answers: Answers, reference: Loop, clip_norm: float, terms: Values | None, loop: Loop
+    subject: Subject, answers: Answers, reference: Loop, clipping: Clipping, terms: Values | None, loop: Loop
 ) -> Errors:
     """Say how far answers are from a reference, on the examples that are finite in the loop."""
     keep = loop.finite
-    given = answers.norms[1]  # beside a sum, a strategy may mistrust a row and leave it out: the norm is infinite
-    weighed = reference.finite & (keep | given.isfinite()) & ~given.isposinf()
+    given = answers.groups[1]  # beside a sum, a strategy may mistrust a row and leave it out: the norm is infinite
+    summed = reference.finite & (keep | given.isfinite()) & ~given.isposinf()
+    weighed = summed.all(0)
     unknown = bool((given.isfinite() & ~reference.finite).any())  # half precision overflows in the loop alone
     norms = reference.norms
+    grouping = grouping_of(clipping, subject.params)
+    groups = _group_norms(reference.grads, grouping.of)
     distance = distance_of(answers, reference)
     sizes = Values(reference.losses.abs(), [row_norms(g) + _SHARE * norms for g in reference.grads], norms)
     sizes = sizes.join(terms, torch.add)
-    weights = (clip_norm / norms).clamp(max=1)[weighed]
+    weights = [
+        Weights.of(weighting, squares, rows).values
+        for weighting, squares, rows in zip(grouping.weightings, groups.square(), summed, strict=True)
+    ]
     sums = []
-    for found, grad, size in zip(answers.sums, reference.grads, sizes.grads, strict=True):
-        exact = torch.tensordot(weights, grad[weighed], 1)
-        error = _worst(_rows_apart(found[None], exact[None]), (weights @ size[weighed])[None])
+    for group, found, grad, size in zip(grouping.of, answers.sums, reference.grads, sizes.grads, strict=True):
+        rows = summed[group]
+        exact = torch.tensordot(weights[group][rows], grad[rows], 1)
+        error = _worst(_rows_apart(found[None], exact[None]), (weights[group][rows] @ size[rows])[None])
         sums.append(float("nan") if unknown else error)
     overflown = ~loop.losses.isfinite() & ~answers.losses.isfinite()
+    apart = (answers.groups - groups).abs().amax(0)
+    spans = groups + _SHARE * norms + (sizes.norms - norms)  # a group that is next to nothing is judged like a leaf
     length = whole_norms([leaf.double()[None] for leaf in trees.leaves(subject.params)])
     return Errors(
         dtype_name(subject.dtype),
@@ -258,9 +287,18 @@ def _errors(
         sums,
         # Rounding the parameters alone moves a loss by its gradient times their length.
         _worst(distance.losses.masked_fill(overflown, 0)[keep], (sizes.losses + norms * length)[keep]),
-        _worst(distance.norms[weighed & keep], sizes.norms[weighed & keep]),
+        _worst(
+            torch.cat([distance.norms[None], apart])[:, weighed & keep],
+            torch.cat([sizes.norms[None], spans])[:, weighed & keep],
+        ),
         int((keep & ~weighed).sum()),
     )
+
+
+def _group_norms(grads: Leaves, of: Sequence[int]) -> Tensor:
+    """Norms of each clipping group: `(G, B)`."""
+    groups = range(max(of) + 1)
+    return torch.stack([whole_norms([g for g, of_it in zip(grads, of, strict=True) if of_it == i]) for i in groups])
 
 
 def distance_of(a: Answers | Loop, b: Loop) -> Values:
@@ -278,7 +316,7 @@ def _rows_apart(a: Tensor, b: Tensor) -> Tensor:
 
 def _worst(distance: Tensor, size: Tensor) -> float:
     """Return the greatest ratio; nothing over nothing is 0, what is not a number or not there is infinitely wrong."""
-    if len(distance) == 0:
+    if distance.numel() == 0:
         return float("inf")
     ratio = torch.where(distance == 0, 0.0, distance / size)
     return float(ratio.masked_fill(ratio.isnan(), torch.inf).max())

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import pegrad
 from pegrad import random, trees
 from pegrad.cli.tables import timings
+from pegrad.clipping import as_clipping
 from pegrad.papers import comparison, data, plots
 from pegrad.papers.data import Dataset
 from pegrad.papers.training import (
@@ -120,7 +121,7 @@ def _watch(plan: Plan, dataset: Dataset, key: Tensor) -> Outcome:
     with tqdm(steps(plan, dataset, key), total=plan.steps, desc="training", unit="step") as bar:
         for taken in bar:
             losses.append(taken.metrics.mean_loss.item())
-            norms.append(taken.metrics.norms.cpu())
+            norms.append(taken.metrics.whole_norms.cpu())
             if taken.state.step % every == 0 or taken.state.step == plan.steps:
                 history.append(evaluate(plan, dataset, taken))
                 shown = _shown(history[-1])
@@ -143,7 +144,7 @@ def _title(plan: Plan, settings: Settings, privacy: Privacy | None, dataset: Dat
     if privacy is None:
         return f"{dataset.name}, without privacy: {how}"
     return (
-        f"{dataset.name}, DP-SGD: Poisson {how}, clip norm {privacy.clip_norm:g}, "
+        f"{dataset.name}, DP-SGD: Poisson {how}, clip norm {as_clipping(privacy.clip_norm).sensitivity:g}, "
         f"noise multiplier {plan.noise_multiplier:.3g}"
     )
 
@@ -163,7 +164,7 @@ def _result(outcome: Outcome, privacy: Privacy | None) -> str:
 def _picture(outcome: Outcome, privacy: Privacy | None, title: str) -> Figure:
     if privacy is None:
         return plots.plain_training(outcome.history, outcome.losses, title)
-    return plots.private_training(outcome.history, outcome.norms, privacy.clip_norm, title)
+    return plots.private_training(outcome.history, outcome.norms, as_clipping(privacy.clip_norm).sensitivity, title)
 
 
 def _report(

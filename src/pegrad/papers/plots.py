@@ -19,8 +19,8 @@ def private_training(history: Sequence[Evaluation], norms: Sequence[Tensor], cli
 
     Args:
         history: the run's evaluations, each with its ε.
-        norms: each step's gradient norms `(B,)`, before clipping.
-        clip_norm: the bound C.
+        norms: each step's gradient norms over all leaves `(B,)`, before clipping.
+        clip_norm: the bound C on a clipped gradient over all leaves.
         title: what the run was.
 
     Returns:
@@ -88,7 +88,7 @@ def _norms(axes: Axes, norms: Sequence[Tensor], clip_norm: float) -> None:
     for (name, values), color in zip(logs.items(), (_GREY, _ORANGE), strict=True):
         counts = torch.histogram(values.clamp(min=edges[0].item()), edges).hist
         clipped = (values > 0).double().mean().item()
-        label = f"{name}: {clipped:.0%} clipped"
+        label = f"{name}: {clipped:.0%} above"
         axes.stairs(100 * counts / len(values), clip_norm * 10**edges, fill=True, color=color, alpha=0.6, label=label)
     axes.axvline(clip_norm, color=_INK, linestyle="--", linewidth=1.5, label=f"clip norm {clip_norm:g}")
     axes.set(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad import accounting, optim, random, trees
+from pegrad.clipping import Clipping
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step, dp_sgd
 from pegrad.errors import ArgumentError
 from pegrad.papers import models
@@ -57,7 +58,7 @@ class Privacy:
         delta: δ in (0, 1).
         noise_multiplier: σ >= 0, the noise's standard deviation over the sensitivity.
         epsilon: ε > 0, the budget that the whole run spends; the noise follows from it.
-        clip_norm: bound on the norm of each example's gradient, > 0.
+        clip_norm: see `pegrad.clipped_grad`. With clipping groups, norms are shown over all leaves together.
         strategy: see `pegrad.per_example_grad`.
         microbatch_size: see `pegrad.clipped_grad`.
 
@@ -68,7 +69,7 @@ class Privacy:
     delta: float
     noise_multiplier: float | None = None
     epsilon: float | None = None
-    clip_norm: float = 1.0
+    clip_norm: float | Clipping = 1.0
     strategy: str = "auto"
     microbatch_size: int | None = None
 

@@ -40,7 +40,7 @@ class Grouped(ABC):
     def receive(self, tapped: Tapped, x: Tensor, g: Tensor) -> None:
         """See `Receiver.receive`."""
         x, g = widen(x), widen(g)
-        for site in tapped.sites:
+        for site in sorted(tapped.sites, key=lambda site: site.source.numel()):  # the largest has the least to wait for
             group = self.plan.of[id(site.source)]
             if group.way == "stacked":
                 self._complete(self._stacked.add(site.source, stack_rows(site, x, g)))

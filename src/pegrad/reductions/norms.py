@@ -105,7 +105,7 @@ class Norms(Grouped):
         if choice.keeps:  # the sum is one of stacked gradients
             self._enter_kept(group, choice, parts, together)
             return
-        squares, shares = guarded_norms(choice, parts, self.batch, self.grouping.weightings[together].clip_norm)
+        squares, shares = guarded_norms(choice, parts, self.batch, self.grouping.weightings[together].floor)
         self._enter_native(group, NativeSum(group.source, shares), parts, together, squares)
 
     def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
@@ -134,7 +134,7 @@ class Norms(Grouped):
         typical, noise = self._way_to_leaves(site.source)
         gain = float(torch.cat([gains[torch.isfinite(gains)], typical]).max().sqrt())
         errors = Magnitudes(site, x, g).share_errors() * gain + noise * sources.sqrt()
-        floor = self.grouping.weightings[together].clip_norm
+        floor = self.grouping.weightings[together].floor
         norms = squares.sqrt().clamp(min=floor)
         apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, part.positions) if floor else errors < 0
         native = NativeSum(site.source, [errors], gain, apart)
@@ -205,8 +205,9 @@ class KeptSums(Norms):
 
     def total(self) -> Leaves:
         """Return the weighted sum for each leaf, once all is entered."""
-        for together in range(len(self._finish)):  # the loss does not depend on all of their leaves
-            self._sum(together)
+        for together, waiting in enumerate(self._finish):
+            if waiting:  # the loss does not depend on all of the group's leaves after all
+                self._sum(together)
         return self._sums.leaves()
 
     def measured(self, together: int, squares: Tensor, finish: Finish) -> None:
@@ -218,7 +219,26 @@ class KeptSums(Norms):
             self._sum(together)
 
     def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
+        if self._awaited[together] == 1:
+            self._enter_last(group, choice, parts, together)
+            return
         self._enter_rows(together, group.source, next(stacked_parts(choice.kernels, parts, self.batch, self.batch)))
+
+    def _enter_last(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
+        """Enter the last uses of a clipping group: a weight is known with its norm, so few rows are kept."""
+        weighting, before = self.grouping.weightings[together], self._squares[together]
+        squares: list[Tensor] = []
+        totals: list[tuple[Tensor, Tensor]] = []
+        start = 0
+        for rows in stacked_parts(choice.kernels, parts, self.batch):
+            some = slice(start, start + len(rows))
+            squares.append(squared_norms(rows))
+            mask = None if self._mask is None else self._mask[some]
+            weights = Weights.of(weighting, before[some] + squares[-1], mask)
+            summed = weights.contract(rows, accumulator(rows.dtype, self.rows))
+            totals = [(group.source, totals[0][1].add_(summed) if totals else summed)]
+            start += len(rows)
+        self.measured(together, torch.cat(squares), lambda _: totals)
 
     def _sum(self, together: int) -> None:
         weights = Weights.of(self.grouping.weightings[together], self._squares[together], self._mask)
