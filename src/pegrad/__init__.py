@@ -21,6 +21,7 @@ from pegrad.errors import (
 )
 from pegrad.explain import Explanation, autotune, explain
 from pegrad.ledger import Entry, Ledger
+from pegrad.memory import largest_microbatch
 from pegrad.modules import from_module, to_module
 from pegrad.per_example import (
     Clipped,
@@ -94,6 +95,7 @@ __all__ = [
     "gradient_gram",
     "gradient_moments",
     "gradient_noise_scale",
+    "largest_microbatch",
     "modules",
     "operation",
     "optim",
