@@ -9,6 +9,7 @@ import pegrad
 from pegrad import memory
 
 MB = 2**20
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a call on a CPU")
 
 
@@ -18,6 +19,7 @@ def wide(params, x):
 
 CLIPPED = pegrad.clipped_grad(wide, clip_norm=1.0, strategy="vmap")
 PARAMS, BATCH = torch.ones(1000), torch.ones(3, 1000)
+SMALL = torch.ones(4), torch.ones(3, 4)
 
 
 @pytest.fixture
@@ -43,20 +45,20 @@ def sized(monkeypatch):
 @pytest.mark.parametrize(("budget", "size"), [(110, 1), (139, 2), (140, 4), (100 + 640, 64), (100 + 1279, 64)])
 def test_the_largest_power_of_two_that_fits(sized, budget, size):
     """Catches: the first size that does not fit; a size that was never run."""
-    assert pegrad.largest_microbatch(CLIPPED, PARAMS, BATCH, memory=budget) == size
+    assert pegrad.largest_microbatch(CLIPPED, *SMALL, memory=budget) == size
     assert sized == [1, *(2**k for k in range(size.bit_length() + 1))]
 
 
 def test_no_size_beyond_the_largest_asked_for(sized):
     """Catches: a search without an end where memory is plenty."""
-    assert pegrad.largest_microbatch(CLIPPED, PARAMS, BATCH, memory=10**9, at_most=24) == 16
+    assert pegrad.largest_microbatch(CLIPPED, *SMALL, memory=10**9, at_most=24) == 16
     assert max(sized) == 16
 
 
 def test_what_is_not_free_is_not_tried(sized, monkeypatch):
     """Catches: a run that the system ends for want of memory."""
     monkeypatch.setattr(memory, "_free", lambda device: 3 * (100 + 80) + 5)
-    assert pegrad.largest_microbatch(CLIPPED, PARAMS, BATCH, memory=10**9) == 16
+    assert pegrad.largest_microbatch(CLIPPED, *SMALL, memory=10**9) == 16
     assert max(sized) == 16
 
 
@@ -73,7 +75,7 @@ def test_an_allocation_that_fails_ends_the_search(sized, monkeypatch, error):
         return measure(function, device)
 
     monkeypatch.setattr(memory, "peak", failing)
-    assert pegrad.largest_microbatch(CLIPPED, PARAMS, BATCH, memory=10**9) == 4
+    assert pegrad.largest_microbatch(CLIPPED, *SMALL, memory=10**9) == 4
 
 
 def test_other_errors_are_passed_on(monkeypatch):
@@ -91,13 +93,14 @@ def test_what_is_measured_is_what_is_needed():
         assert (size - 1) * MB <= found <= (size + 8) * MB
 
 
-@linux
-def test_the_size_found_fits_and_twice_does_not():
-    """Catches: sums or the micro-batch left out, a size that the step cannot run."""
-    size = pegrad.largest_microbatch(CLIPPED, PARAMS, BATCH, memory=200 * MB)
-    assert 4 <= size <= 32  # 4 MB for each of a few intermediate values of an example
-    assert pegrad.largest_microbatch(CLIPPED, PARAMS, BATCH, memory=800 * MB) > size
-    pegrad.clipped_grad(wide, clip_norm=1.0, microbatch_size=size)(PARAMS, BATCH)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=linux), pytest.param("cuda", marks=cuda)])
+def test_the_size_found_fits(device):
+    """Catches: a measure of something else than the run; a size that the step cannot run."""
+    params, batch = PARAMS.to(device), BATCH.to(device)
+    size = pegrad.largest_microbatch(CLIPPED, params, batch, memory=100 * MB)
+    assert 2 <= size <= 16  # 4 MB for each of a few intermediate values of an example
+    assert pegrad.largest_microbatch(CLIPPED, params, batch, memory=400 * MB) > size
+    pegrad.clipped_grad(wide, clip_norm=1.0, microbatch_size=size)(params, batch)
 
 
 @linux
