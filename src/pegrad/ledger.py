@@ -35,7 +35,8 @@ class Entry(NamedTuple):
 class Ledger(NamedTuple):
     """What a run has released, entry by entry; equal steps in a row are one entry, so a million steps are a few.
 
-    `pegrad.accounting.epsilon(state.ledger, delta)` says what it cost. It holds numbers that are public and no data.
+    `pegrad.accounting.epsilon(state.ledger, delta)` says what it cost. It holds numbers that are public and no data. It
+    knows the steps on the way to its state, not those of runs on the same data that were thrown away.
     """
 
     entries: tuple[Entry, ...] = ()
