@@ -117,9 +117,9 @@ MUTANTS = [
         "division by the batch's own size: one example moves all the others' share",
     ),
     Mutant(
-        "clipping.py",
-        "_LEAST, _GREATEST = 1e-9, 1e9",
-        "_LEAST, _GREATEST = 1e-30, 1e9",
+        "_validate.py",
+        "LEAST, GREATEST = 1e-9, 1e9",
+        "LEAST, GREATEST = 1e-30, 1e9",
         "test_sensitivity.py::test_what_float32_cannot_measure_is_refused",
         "a clip norm below which every norm vanishes is accepted",
     ),
@@ -1061,8 +1061,8 @@ MUTANTS = [
     ),
     Mutant(
         "dp_sgd.py",
-        "seen.append(Metrics(",
-        "seen[:] = [Metrics(losses, norms, aux, non_finite, mask)] and (Metrics(",
+        "torch.cat(norms, dim=-1)",
+        "norms[-1]",
         "test_accumulation.py -k test_noise_is_added_once",
         "metrics, and adaptive counts, of the last micro-batch alone",
     ),
