@@ -48,11 +48,11 @@ class Recording:
 def recorded(monkeypatch, step, *arguments):
     """Take a step, and keep what was added up in it."""
     seen = Recording([], [])
-    clip, draw = ClippedGrad.__call__, random.normal
+    clip, draw = ClippedGrad.finish, random.normal
 
     def clip_and_keep(*args):
         out = clip(*args)
-        seen.sums.append(trees.map(torch.clone, out.grads))
+        seen.sums.append(trees.map(torch.clone, out))
         return out
 
     def draw_and_keep(*args, **kwargs):
@@ -61,7 +61,7 @@ def recorded(monkeypatch, step, *arguments):
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClippedGrad, "__call__", clip_and_keep)
+        patch.setattr(ClippedGrad, "finish", clip_and_keep)
         patch.setattr(random, "normal", draw_and_keep)
         return step(*arguments), seen
 

@@ -86,9 +86,9 @@ def test_chunks_and_microbatches_change_nothing(strategy, size):
     mask = torch.tensor([True, True, False, True, True])
     expected = oracle.per_example_grads(loss, params, batch)
     expected = [g.masked_fill(~mask.reshape(-1, *[1] * (g.dim() - 1)), 0) for g in expected]
-    grads = pegrad.per_example_grad(loss, strategy=strategy, chunk_size=size)(params, batch, mask)
+    grads = pegrad.per_example_grad(loss, strategy=strategy, microbatch_size=size)(params, batch, mask)
     oracle.assert_close(grads, expected)
-    norms = pegrad.per_example_norm(loss, strategy=strategy, chunk_size=size)(params, batch, mask)
+    norms = pegrad.per_example_norm(loss, strategy=strategy, microbatch_size=size)(params, batch, mask)
     oracle.assert_close(norms, [oracle.norms(expected)])
     out = pegrad.clipped_grad(loss, clip_norm=0.1, strategy=strategy, microbatch_size=size)(params, batch, mask)
     oracle.assert_close(out.grads, oracle.clipped_sum([g[mask] for g in expected], 0.1))
@@ -98,7 +98,7 @@ def test_chunks_and_microbatches_change_nothing(strategy, size):
 def test_values_and_aux_come_back_by_example(strategy):
     """Catches: aux summed, transposed, or returned for the last example only."""
     loss, (params, batch) = CASES["mlp_in_a_nested_tree"].loss, CASES["mlp_in_a_nested_tree"].make()
-    out = pegrad.per_example_value_and_grad(loss, strategy=strategy, chunk_size=2)(params, batch)
+    out = pegrad.per_example_value_and_grad(loss, strategy=strategy, microbatch_size=2)(params, batch)
     clipped = pegrad.clipped_grad(loss, clip_norm=1.0, strategy=strategy, microbatch_size=2)(params, batch)
     expected = [loss(params, x) for x in batch]
     for got in (out, clipped):

@@ -1,10 +1,12 @@
 """Per-example gradients and differentially private SGD for pure PyTorch functions."""
 
 from pegrad import accounting, auditing, clipping, modules, optim, random, sampling
+from pegrad.accumulation import Added, Sums
+from pegrad.adaptive import Adaptive
 from pegrad.check import check
 from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.checkpointing import checkpoint
-from pegrad.dp_sgd import DPSGD, Metrics, State, Step, add_noise, dp_sgd
+from pegrad.dp_sgd import DPSGD, Metrics, Release, State, Step, add_noise, dp_sgd
 from pegrad.errors import (
     ArgumentError,
     BatchOverflowError,
@@ -18,6 +20,8 @@ from pegrad.errors import (
     StrategyError,
 )
 from pegrad.explain import Explanation, autotune, explain
+from pegrad.ledger import Entry, Ledger
+from pegrad.memory import largest_microbatch
 from pegrad.modules import from_module, to_module
 from pegrad.per_example import (
     Clipped,
@@ -42,6 +46,8 @@ __all__ = [
     "KERNELS",
     "RULES",
     "STRATEGIES",
+    "Adaptive",
+    "Added",
     "ArgumentError",
     "Auto",
     "BatchOverflowError",
@@ -51,6 +57,7 @@ __all__ = [
     "Clipped",
     "ClippedGrad",
     "DataFileError",
+    "Entry",
     "Explanation",
     "FallbackWarning",
     "Ghost",
@@ -58,6 +65,7 @@ __all__ = [
     "Kernel",
     "LeafCheck",
     "LeafError",
+    "Ledger",
     "LossError",
     "Metrics",
     "MissingExtraError",
@@ -65,12 +73,14 @@ __all__ = [
     "Naive",
     "PegradError",
     "PerExample",
+    "Release",
     "Site",
     "Stacking",
     "State",
     "Step",
     "Strategy",
     "StrategyError",
+    "Sums",
     "Vmap",
     "accounting",
     "add_noise",
@@ -86,6 +96,7 @@ __all__ = [
     "gradient_gram",
     "gradient_moments",
     "gradient_noise_scale",
+    "largest_microbatch",
     "modules",
     "operation",
     "optim",

@@ -4,7 +4,7 @@ from numbers import Real
 
 from pegrad.errors import ArgumentError
 
-_LEAST, _GREATEST = 1e-9, 1e9
+LEAST, GREATEST = 1e-9, 1e9
 
 
 def check_positive(name: str, value: float) -> None:
@@ -17,9 +17,9 @@ def check_scale(name: str, value: float) -> None:
     """Raise `ArgumentError` unless `value` is a number that float32 gradients can be measured by."""
     if not isinstance(value, Real):
         raise ArgumentError(f"Expected {name} to be a number, got {type(value).__name__}")
-    if not _LEAST <= value <= _GREATEST:
+    if not LEAST <= value <= GREATEST:
         raise ArgumentError(
-            f"Expected {name} to be between {_LEAST:g} and {_GREATEST:g}, got {name}={value}: beyond, float32 "
+            f"Expected {name} to be between {LEAST:g} and {GREATEST:g}, got {name}={value}: beyond, float32 "
             "gradients vanish or overflow. Scale the loss instead"
         )
 

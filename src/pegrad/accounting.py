@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pegrad.accountants import pld_epsilon, rdp_epsilon
 from pegrad.errors import ArgumentError, MissingExtraError
+from pegrad.ledger import Ledger, checked
 from pegrad.sampling import OVERFLOW_PROBABILITY, PoissonSampler, Sampler, ShuffledSampler, binomial_tail
 
 if TYPE_CHECKING:
@@ -119,17 +120,39 @@ def compose(*events: Event) -> Event:
     True
     """
     dp = _dp_accounting()
+    if not events:
+        return Event(dp.NoOpDpEvent(), dp.NoOpDpEvent())
     removals, additions, overflows = zip(*events, strict=True)
     return Event(
         dp.ComposedDpEvent(list(removals)), dp.ComposedDpEvent(list(additions)), min(1.0, math.fsum(overflows))
     )
 
 
-def epsilon(event: Event | DpEvent, delta: float, accountant: Literal["pld", "rdp"] = "pld") -> float:
+def ledger_event(ledger: Ledger) -> Event:
+    """Describe what a ledger lists as events of dp-accounting.
+
+    Guarantee:
+        Every step that the ledger lists is charged with the noise multiplier and the sampler it was taken with; with
+        adaptive clipping, gradients and counts as the one Gaussian mechanism that they are together. Tests:
+        `test_the_ledger_pays_for_every_step`, `test_adaptive_steps_cost_what_dp_accounting_composes`.
+
+    Args:
+        ledger: of a state that `pegrad.dp_sgd` made, for runs on one data set.
+
+    Raises:
+        ArgumentError: an entry does not say how its batches were drawn, or was changed.
+        MissingExtraError: dp-accounting is not installed.
+    """
+    entries = checked(ledger)
+    return compose(*(dp_event(entry.joint_noise_multiplier, sampler, entry.steps) for entry, sampler in entries))
+
+
+def epsilon(event: Event | Ledger | DpEvent | None, delta: float, accountant: Literal["pld", "rdp"] = "pld") -> float:
     """Compute the epsilon of an event at a delta, for adding or removing one example.
 
     Args:
-        event: what `dp_event` or `compose` returned, or any event of dp-accounting that the accountant supports.
+        event: what `dp_event` or `compose` returned, the ledger of a state, or any event of dp-accounting that the
+            accountant supports.
         delta: δ in (0, 1).
         accountant: "pld" composes privacy loss distributions, discretised so that rounding never lowers epsilon, and
             Rényi divergences too, and takes the smaller of the two bounds. "rdp" composes Rényi divergences alone: a
@@ -139,8 +162,8 @@ def epsilon(event: Event | DpEvent, delta: float, accountant: Literal["pld", "rd
         ε >= 0; `math.inf` for a run without noise.
 
     Raises:
-        ArgumentError: `delta` is out of range, the accountant is unknown or does not support the event, or batches
-            overflow with a probability that is not below `delta`.
+        ArgumentError: `delta` is out of range, the accountant is unknown or does not support the event, batches
+            overflow with a probability that is not below `delta`, or a ledger does not say all that is needed.
         MissingExtraError: dp-accounting is not installed.
 
     Source:
@@ -157,7 +180,12 @@ def epsilon(event: Event | DpEvent, delta: float, accountant: Literal["pld", "rd
         raise ArgumentError(f"Expected 0 < delta < 1, got delta={delta}.")
     if accountant not in ("pld", "rdp"):
         raise ArgumentError(f"Expected accountant 'pld' or 'rdp', got accountant={accountant!r}.")
+    if event is None:
+        raise ArgumentError(
+            "Expected an event or a ledger, got None: a state without a ledger does not say what was released before."
+        )
     dp = _dp_accounting()
+    event = ledger_event(event) if isinstance(event, Ledger) else event
     removal, addition, overflow = event if isinstance(event, Event) else Event(event, event)
     if overflow >= delta:
         raise ArgumentError(

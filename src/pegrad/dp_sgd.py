@@ -1,21 +1,25 @@
 """The stateless step of differentially private SGD: clip, add noise, update."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pegrad import random, trees
-from pegrad._validate import check_positive
-from pegrad.clipping import Clipping
+from pegrad._validate import check_scale, check_size
+from pegrad.adaptive import Adaptive, Bounded, Bounds, centred_counts
+from pegrad.clipping import Clipping, as_clipping
 from pegrad.errors import ArgumentError
+from pegrad.ledger import Entry, Ledger, recorded
 from pegrad.numerics import accumulator
-from pegrad.per_example import ClippedGrad, Loss, clipped_grad
-from pegrad.strategies import Strategy
-from pegrad.tracing.eager import eager
+from pegrad.optim import GradientTransformation
+from pegrad.per_example import ClippedGrad, Loss
+from pegrad.sampling import Sampler
+from pegrad.strategies import Strategy, resolve
+from pegrad.tracing.eager import outermost
 from pegrad.trees import PyTree
 
 
@@ -33,9 +37,14 @@ class State(NamedTuple):
     """Steps taken."""
     optimizer: Any
     """The optimizer's own state."""
+    bounds: Bounds = ()
+    """The clip norm of each group, where clipping is adaptive."""
+    ledger: Ledger | None = None
+    """What the steps have released; None: not known."""
 
     def __repr__(self) -> str:
-        return f"State(key=key(…), step={self.step}, optimizer={self.optimizer})"
+        rest = ", ".join(f"{name}={getattr(self, name)}" for name in self._fields[1:])
+        return f"State(key=key(…), {rest})"
 
 
 class Metrics(NamedTuple):
@@ -71,7 +80,17 @@ class Step(NamedTuple):
     metrics: Metrics
 
 
-torch.serialization.add_safe_globals([State, Metrics, Step])  # for torch.load's default, weights_only=True
+class Release(NamedTuple):
+    """What a step releases, before an optimizer makes an update of it."""
+
+    grads: PyTree
+    """Like the parameters, in at least float32: the clipped sum over the expected batch size, and noise."""
+    state: State
+    """The state after the step, but for the optimizer, whose state is as it was."""
+    metrics: Metrics
+
+
+torch.serialization.add_safe_globals([State, Metrics, Step, Release])  # for torch.load's default, weights_only=True
 
 
 def add_noise(key: Tensor, grads: PyTree, std: float, *, step: int) -> PyTree:
@@ -101,25 +120,27 @@ def add_noise(key: Tensor, grads: PyTree, std: float, *, step: int) -> PyTree:
     if not 0 <= std < float("inf"):
         raise ArgumentError(f"Expected std to be a finite number >= 0, got std={std}")
     leaves, spec = trees.flatten(grads)
-    _add_noise(random.each_normal(random.fold_in(key, step), grads), leaves, std)
+    _add_noise(random.each_normal(random.fold_in(key, step), grads), leaves, [std] * len(leaves))
     return trees.unflatten(spec, leaves)
 
 
-def _add_noise(noise: Iterator[Tensor], leaves: list[Tensor], std: float) -> None:
+def _add_noise(noise: Iterator[Tensor], leaves: list[Tensor], stds: list[float]) -> None:
     """Put noisy leaves into a list in place of the clean ones: two copies of one leaf at a time, never of all."""
-    for index, drawn in enumerate(noise if std else ()):
-        leaves[index] = drawn.mul_(std).add_(leaves[index])
+    for index, (drawn, std) in enumerate(zip(noise, stds, strict=True) if any(stds) else ()):
+        if std:
+            leaves[index] = drawn.mul_(std).add_(leaves[index])
 
 
 def dp_sgd(
     loss: Loss,
     optimizer: Any,
     *,
-    clip_norm: float | Clipping,
+    clip_norm: float | Clipping | Adaptive,
     noise_multiplier: float,
     expected_batch_size: float,
     strategy: str | Strategy = "auto",
     microbatch_size: int | None = None,
+    sampler: Sampler | None = None,
 ) -> "DPSGD":
     """Make the step of differentially private SGD.
 
@@ -127,16 +148,21 @@ def dp_sgd(
         loss: `loss(params, example) -> scalar` or `(scalar, aux)`, a pure function of one example.
         optimizer: a pair `(init, update)` in optax's sense: `init(params) -> state` and `update(grads, state, params)
             -> (updates, state)`, updates being added to the parameters. Those of `pegrad.optim`, TorchOpt's, or
-            one's own.
-        clip_norm: bound C on the norm of each example's gradient, > 0; or a clipping of `pegrad.clipping`.
-        noise_multiplier: standard deviation of the noise over the sensitivity, >= 0.
+            one's own, a plain tuple included.
+        clip_norm: bound C on the norm of each example's gradient, > 0; a clipping of `pegrad.clipping`; or
+            `pegrad.Adaptive`.
+        noise_multiplier: standard deviation of the noise over the sensitivity, >= 0: of all that a step releases, the
+            counts of adaptive clipping included.
         expected_batch_size: public constant that the sum of gradients is divided by, > 0; for Poisson sampling,
             sampling rate times number of examples.
         strategy: how gradients are computed; see `pegrad.per_example_grad`.
         microbatch_size: see `pegrad.clipped_grad`.
+        sampler: how the batches are drawn, for the ledger; it is not called. None: the ledger says so, and no epsilon
+            can be asked of it.
 
     Returns:
-        A `DPSGD`: `init(params, key) -> State` and itself `(params, state, batch, mask=None) -> Step`.
+        A `DPSGD`: `init(params, key) -> State` and itself `(params, state, batch, mask=None) -> Step`; for a batch that
+        arrives in micro-batches, `accumulate(params, state, microbatches) -> Step`.
 
     Raises:
         ArgumentError: a number out of its bounds, an unknown strategy, or an optimizer without `init` and `update`.
@@ -158,15 +184,14 @@ def dp_sgd(
         raise ArgumentError(
             f"Expected noise_multiplier to be a finite number >= 0, got noise_multiplier={noise_multiplier}"
         )
-    check_positive("expected_batch_size", expected_batch_size)
-    clipped = clipped_grad(
-        loss,
-        clip_norm=clip_norm,
-        strategy=strategy,
-        microbatch_size=microbatch_size,
-        normalize_by=expected_batch_size,
-    )
-    return DPSGD(clipped, _pure_update(optimizer), optimizer.init, noise_multiplier)
+    check_scale("expected_batch_size", expected_batch_size)
+    check_size("microbatch_size", microbatch_size)
+    adaptive = clip_norm if isinstance(clip_norm, Adaptive) else None
+    gradient_noise = adaptive.gradient_noise_multiplier(noise_multiplier) if adaptive else noise_multiplier
+    clipping = clip_norm.clipping if isinstance(clip_norm, Adaptive) else as_clipping(clip_norm)
+    clipped = ClippedGrad(loss, clipping, resolve(strategy), microbatch_size, expected_batch_size)
+    pair = pure(optimizer)
+    return DPSGD(clipped, pair.update, pair.init, noise_multiplier, gradient_noise, adaptive, sampler)
 
 
 @dataclass(frozen=True)
@@ -174,17 +199,20 @@ class DPSGD:
     """A step of differentially private SGD. Made by `dp_sgd`.
 
     Guarantee: the new parameters are a function of the old ones, the state and a Gaussian mechanism: the clipped sum
-    plus noise of standard deviation `noise_multiplier * sensitivity`, added once, whatever the micro-batches are. Bound
-    to `test_step_adds_noise_of_the_stated_law`. What that amounts to over a run depends on how batches are drawn:
-    see `pegrad.accounting`.
+    plus noise of standard deviation `gradient_noise_multiplier * sensitivity`, added once, whatever the micro-batches
+    are. Bound to `test_step_adds_noise_of_the_stated_law` and `test_noise_is_added_once_whatever_the_micro_batches`.
+    With adaptive clipping it is the sensitivity of the state's bounds, and the counts are released with it: see
+    `pegrad.Adaptive`; bound to `test_noise_follows_the_current_bound` and
+    `test_neighbours_move_sum_and_counts_within_the_joint_sensitivity`. What that amounts to over a run depends on how
+    batches are drawn: see `pegrad.accounting`.
 
     It holds for one batch a state, and for whoever does not have the state. The noise is a function of the state's key
     and step alone, so one state used on two different batches adds the same noise to both, and the difference of what
     comes out is the difference of the clipped sums, without any noise. Never step twice from one state, except to
     repeat the very same step. Two runs on one data set need two keys.
 
-    Random numbers that the loss draws from torch's generators, for dropout, come from the state's key and step as
-    well; the generators themselves are left as they were.
+    Random numbers that the loss draws from torch's generators, for dropout, come from the state's key and step and the
+    micro-batch's number as well; the generators themselves are left as they were.
 
     Source: Abadi et al. 2016, Algorithm 1.
     """
@@ -193,6 +221,11 @@ class DPSGD:
     update: Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]
     init_optimizer: Callable[[PyTree], Any]
     noise_multiplier: float
+    """σ of all that a step releases."""
+    gradient_noise_multiplier: float
+    """σ of the gradients alone; more than `noise_multiplier` where adaptive clipping releases counts beside them."""
+    adaptive: Adaptive | None = None
+    sampler: Sampler | None = None
 
     def init(self, params: PyTree, key: Tensor) -> State:
         """Return the state before the first step.
@@ -207,9 +240,24 @@ class DPSGD:
         """
         random.check_key(key)
         trees.flatten_params(params)
-        return State(key, 0, self.init_optimizer(params))
+        bounds = self.adaptive.start(params) if self.adaptive else ()
+        return State(key, 0, self.init_optimizer(params), bounds, Ledger())
 
-    @eager
+    def clipped_at(self, state: State) -> ClippedGrad:
+        """Return the clipped gradient that a step from this state takes; adaptive bounds are the state's.
+
+        Raises:
+            ArgumentError: clipping is adaptive, and the state is of a step where it is not.
+        """
+        if self.adaptive is None:
+            return self.clipped_grad
+        if not state.bounds:
+            raise ArgumentError(
+                "Expected state.bounds to hold the clip norms of adaptive clipping, got (): the state is of a step "
+                "without. Start them with state._replace(bounds=step.adaptive.start(params))"
+            )
+        return replace(self.clipped_grad, clipping=Bounded(self.adaptive.clipping, state.bounds))
+
     def __call__(self, params: PyTree, state: State, batch: PyTree, mask: Tensor | None = None) -> Step:
         """Take one step: same arguments, same result, bit for bit; no argument is changed.
 
@@ -223,38 +271,132 @@ class DPSGD:
             New parameters, new state, and metrics.
 
         Raises:
+            ArgumentError: the state is not of this kind of step.
             LeafError, LossError: as `pegrad.per_example_grad`.
         """
-        key = random.fold_in(state.key, state.step)
+        return self.accumulate(params, state, [(batch, mask)])
+
+    @outermost
+    def accumulate(self, params: PyTree, state: State, microbatches: Iterable[tuple[PyTree, Tensor | None]]) -> Step:
+        """Take one step on a batch that arrives micro-batch by micro-batch, at the memory of one.
+
+        Args:
+            params: pytree of floating-point tensors.
+            state: what `init` or the step before returned; never for two different batches.
+            microbatches: pairs `(batch, mask)` that together are one batch, taken once and one at a time; a mask may be
+                None. They may differ in size; none at all is an empty batch.
+
+        Returns:
+            What a step on the whole batch returns, up to rounding. Metrics are kept for every example, so let the loss
+            return little aux.
+
+        Raises:
+            ArgumentError: a micro-batch is no pair, or the state is not of this kind of step.
+            LeafError, LossError: as `pegrad.per_example_grad`.
+        """
+        grads, after, metrics = self.release(params, state, microbatches)
         with torch.no_grad():
             params = trees.map(Tensor.detach, params)
-            with random.torch_generators(key, (params, batch)):
-                grads, losses, norms, aux, non_finite = self.clipped_grad(params, batch, mask)
-            mask = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask.to(losses.device)
-            metrics = Metrics(losses, norms, aux, non_finite, mask)
-            noise = random.each_normal(key, grads)
-            leaves, spec = trees.flatten(grads)
-            del grads  # lets each leaf go as its noisy one comes
-            _add_noise(noise, leaves, self.noise_multiplier * self.clipped_grad.sensitivity)
-            for index, param in enumerate(
-                trees.leaves(params)
-            ):  # the sum over a large batch is a float64: see numerics
-                leaves[index] = leaves[index].to(accumulator(param.dtype))
-            noisy = [trees.unflatten(spec, leaves)]
-            del leaves
+            noisy = [grads]
+            del grads
             updates, optimizer = self.update(noisy.pop(), state.optimizer, params)  # popped, so that it can be freed
             params = trees.map(lambda p, u: p + u.to(p.dtype), params, updates)
-        return Step(params, State(state.key, state.step + 1, optimizer), metrics)
+        return Step(params, after._replace(optimizer=optimizer), metrics)
+
+    @outermost
+    def release(self, params: PyTree, state: State, microbatches: Iterable[tuple[PyTree, Tensor | None]]) -> Release:
+        """Take a step but for the update: the noisy gradients, for an optimizer that is no pair, as of `torch.optim`.
+
+        Args:
+            params: as for `accumulate`.
+            state: as for `accumulate`.
+            microbatches: as for `accumulate`; for a batch in one piece `[(batch, mask)]`.
+
+        Returns:
+            Noisy gradients, the new state, and metrics.
+
+        Raises:
+            ArgumentError, LeafError, LossError: as `accumulate`.
+        """
+        key = random.fold_in(state.key, state.step)
+        clipped = self.clipped_at(state)
+        with torch.no_grad():
+            params = trees.map(Tensor.detach, params)
+            sums, seen = clipped.init(params), []
+            for number, given in enumerate(microbatches):
+                batch, mask = _microbatch(number, given)
+                with random.torch_generators(random.fold_in(key, number), (params, batch)):
+                    sums, losses, norms, aux, non_finite = clipped.add(sums, params, batch, mask)
+                mask = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask.to(losses.device)
+                seen.append(Metrics(losses, norms, aux, non_finite, mask))
+            metrics = _joined(seen, trees.leaves(params)[0])
+            leaves, spec = trees.flatten(clipped.finish(sums))
+            del sums  # lets each leaf go as its noisy one comes
+            stds = [self.gradient_noise_multiplier * clipped.sensitivity] * len(leaves)
+            if self.adaptive:  # the counts are one leaf more of the same release
+                leaves.append(centred_counts(metrics.norms, state.bounds, metrics.mask))
+                stds.append(self.adaptive.count_noise_std(state.bounds))
+            _add_noise(random.each_normal(key, leaves), leaves, stds)
+            bounds = state.bounds
+            if self.adaptive:
+                bounds = self.adaptive.following(bounds, leaves.pop(), clipped.normalize_by)
+            for index, param in enumerate(trees.leaves(params)):
+                leaves[index] = leaves[index].to(accumulator(param.dtype))  # of a large batch it is a float64
+        ledger = recorded(state.ledger, self._entry())
+        after = state._replace(step=state.step + 1, bounds=bounds, ledger=ledger)
+        return Release(trees.unflatten(spec, leaves), after, metrics)
+
+    def _entry(self) -> Entry:
+        """Return what one step writes into the ledger."""
+        count = self.adaptive.count_noise_multiplier if self.adaptive else None
+        kind = type(self.adaptive or self.clipped_grad.clipping).__name__
+        return Entry(self.sampler, float(self.gradient_noise_multiplier), count, kind, 1)
 
 
-def _pure_update(optimizer: Any) -> Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]:
-    """Call an optimizer's update so that it changes nothing in place, whatever it takes its parameters for."""
+def _microbatch(number: int, given: Any) -> tuple[PyTree, Tensor | None]:
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise ArgumentError(
+            f"Expected micro-batch {number} to be a pair (batch, mask), got {type(given).__name__}: mask may be None"
+        )
+    batch, mask = given
+    return batch, mask
+
+
+def _joined(seen: list[Metrics], param: Tensor) -> Metrics:
+    """Join the metrics of micro-batches into those of the batch."""
+    if len(seen) == 1:
+        return seen[0]
+    if not seen:
+        none = param.new_empty(0, dtype=accumulator(param.dtype))
+        return Metrics(none, none, None, none.new_zeros((), dtype=torch.int64), none.bool())
+    losses, norms, aux, non_finite, masks = zip(*seen, strict=True)
+    return Metrics(
+        torch.cat(losses),
+        torch.cat(norms, dim=-1),
+        trees.map(lambda *parts: torch.cat(parts), *aux),
+        torch.stack(non_finite).sum(),
+        torch.cat(masks),
+    )
+
+
+def pure(optimizer: Any) -> GradientTransformation:
+    """Make a pair of an optimizer, whose update changes nothing in place, whatever it takes its parameters for.
+
+    Raises:
+        ArgumentError: it has no `init` and `update`, and is no pair of functions.
+    """
+    if isinstance(optimizer, tuple) and len(optimizer) == 2 and all(map(callable, optimizer)):
+        optimizer = GradientTransformation(*optimizer)
     if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
         raise ArgumentError(
             f"Expected optimizer to have init and update, got {type(optimizer).__name__}: use pegrad.optim, TorchOpt's "
-            "functional transformations or a pair of your own; a torch.optim.Optimizer changes parameters in place"
+            "functional transformations or a pair of your own; a torch.optim.Optimizer changes parameters in place: "
+            "hand it what step.release returns"
         )
     accepted = inspect.signature(optimizer.update).parameters
     if "inplace" in accepted:  # TorchOpt's default writes the updates over the gradients
-        return lambda grads, state, params: optimizer.update(grads, state, params=params, inplace=False)
-    return optimizer.update
+        return GradientTransformation(
+            optimizer.init,
+            lambda grads, state, params: optimizer.update(grads, state, params=params, inplace=False),
+        )
+    return GradientTransformation(optimizer.init, optimizer.update)

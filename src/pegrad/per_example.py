@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad._validate import check_scale, check_size
+from pegrad.accumulation import FEW, Added, Sums, extended, nothing, total
 from pegrad.call import Call
 from pegrad.clipping import Clipping, as_clipping, grouping_of
 from pegrad.numerics import accumulator
@@ -56,7 +57,7 @@ class Clipped(NamedTuple):
 
 
 def per_example_grad(
-    loss: Loss, *, strategy: str | Strategy = "auto", chunk_size: int | None = None
+    loss: Loss, *, strategy: str | Strategy = "auto", microbatch_size: int | None = None
 ) -> Callable[..., PyTree]:
     """Make a function that returns the gradient of `loss` for each example of a batch.
 
@@ -64,14 +65,14 @@ def per_example_grad(
         loss: `loss(params, example) -> scalar` or `(scalar, aux)`: a pure function of one example, without a batch
             axis.
         strategy: a key of `pegrad.STRATEGIES`, `auto`, or a `Strategy`.
-        chunk_size: examples computed at a time, >= 1; it bounds the memory of the intermediate values. None: all.
+        microbatch_size: examples computed at a time, >= 1; it bounds the memory of the intermediate values. None: all.
 
     Returns:
         `(params, batch, mask=None) -> grads`: a pytree like `params`, each leaf with a leading axis `B`. `mask`
         `(B,)`, boolean, marks with False the rows that are padding, whose gradient is returned as zero.
 
     Raises:
-        ArgumentError: unknown strategy, or `chunk_size` below 1.
+        ArgumentError: unknown strategy, or `microbatch_size` below 1.
         LeafError: on a call, a leaf of `params` or `batch` of the wrong type, dtype or leading axis.
         LossError: on a call, the loss is no scalar function of one example.
 
@@ -84,7 +85,7 @@ def per_example_grad(
     {'w': tensor([[2., 0.],
             [0., 0.]])}
     """
-    function = per_example_value_and_grad(loss, strategy=strategy, chunk_size=chunk_size)
+    function = per_example_value_and_grad(loss, strategy=strategy, microbatch_size=microbatch_size)
 
     def grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PyTree:
         return function(params, batch, mask).grads
@@ -93,14 +94,14 @@ def per_example_grad(
 
 
 def per_example_value_and_grad(
-    loss: Loss, *, strategy: str | Strategy = "auto", chunk_size: int | None = None
+    loss: Loss, *, strategy: str | Strategy = "auto", microbatch_size: int | None = None
 ) -> Callable[..., PerExample]:
     """Make a function that returns gradient, loss and aux for each example of a batch.
 
     Args:
         loss: as for `per_example_grad`.
         strategy: as for `per_example_grad`.
-        chunk_size: as for `per_example_grad`.
+        microbatch_size: as for `per_example_grad`.
 
     Returns:
         `(params, batch, mask=None) -> PerExample`.
@@ -109,13 +110,13 @@ def per_example_value_and_grad(
         ArgumentError, LeafError, LossError: as `per_example_grad`.
     """
     chosen = resolve(strategy)
-    check_size("chunk_size", chunk_size)
+    check_size("microbatch_size", microbatch_size)
 
     @eager
     def values_and_grads(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> PerExample:
         call = Call.of(loss, params, batch, mask)
         with attributed(chosen, call.problem):
-            answers = [ByPath(chosen).reduce(chunk, Stack()) for chunk in call.chunks(chunk_size)]
+            answers = [ByPath(chosen).reduce(chunk, Stack()) for chunk in call.chunks(microbatch_size)]
         grads, values = zip(*answers, strict=True)
         leaves = [call.rows(parts) for parts in zip(*grads, strict=True)]
         return PerExample(trees.unflatten(call.params, leaves), call.losses(values), call.aux(values))
@@ -128,7 +129,7 @@ def per_example_norm(
     *,
     by: Clipping | None = None,
     strategy: str | Strategy = "auto",
-    chunk_size: int | None = None,
+    microbatch_size: int | None = None,
 ) -> Callable[..., Tensor]:
     """Make a function that returns the norm of each example's gradient.
 
@@ -137,7 +138,7 @@ def per_example_norm(
         by: a clipping whose groups of leaves each have a norm of their own, such as `pegrad.clipping.PerLayer(1.0)`;
             nothing is clipped. None: one norm over all leaves together.
         strategy: as for `per_example_grad`.
-        chunk_size: as for `per_example_grad`.
+        microbatch_size: as for `per_example_grad`.
 
     Returns:
         `(params, batch, mask=None) -> norms`, in at least float32: Euclidean; 0 for padding. `(B,)`, over all leaves
@@ -148,7 +149,7 @@ def per_example_norm(
     """
     chosen = resolve(strategy)
     clipping = None if by is None else as_clipping(by)
-    check_size("chunk_size", chunk_size)
+    check_size("microbatch_size", microbatch_size)
 
     @eager
     def norms(params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Tensor:
@@ -156,7 +157,7 @@ def per_example_norm(
         grouping = None if clipping is None else grouping_of(clipping, params)
         reduction = SquaredNorms(grouping and grouping.of)
         with attributed(chosen, call.problem):
-            answers = [ByPath(chosen).reduce(chunk, reduction)[0] for chunk in call.chunks(chunk_size)]
+            answers = [ByPath(chosen).reduce(chunk, reduction)[0] for chunk in call.chunks(microbatch_size)]
         found = _norms(call, [squares for (squares,) in answers])
         return found[0] if grouping is None or grouping.names is None else found
 
@@ -205,11 +206,13 @@ class ClippedGrad:
     """The sum of a batch's clipped gradients, over a public constant. Made by `clipped_grad`.
 
     Guarantee: for batches that differ by one example, added or removed, the Euclidean distance of the two values of
-    `Clipped.grads` over all leaves is at most `sensitivity`, up to floating-point rounding; whatever the example
-    is, NaN and infinity included. Nothing is divided by the size of the batch, nor by any other function of the
-    data. Each group of leaves is bounded by itself, so an example that is not finite in one of them contributes zero
-    there, and its clipped gradient elsewhere. Bound to `test_neighbouring_batches_differ_by_at_most_the_sensitivity`
-    and `test_no_hostile_example_moves_the_sum_further_under_any_clipping`.
+    `Clipped.grads`, or of `finish`, over all leaves is at most `sensitivity`, up to floating-point rounding; whatever
+    the example is, NaN and infinity included. Nothing is divided by the size of the batch, nor by any other function of
+    the data. Each group of leaves is bounded by itself, so an example that is not finite in one of them contributes
+    zero there, and its clipped gradient elsewhere. Bound to
+    `test_neighbouring_batches_differ_by_at_most_the_sensitivity`,
+    `test_no_hostile_example_moves_the_sum_further_under_any_clipping` and, for micro-batches that arrive one by one,
+    `test_the_cut_of_a_batch_changes_nothing`.
     """
 
     loss: Loss
@@ -256,25 +259,59 @@ class ClippedGrad:
             LossError: the loss is no scalar function of one example.
             ArgumentError, LeafError: the clipping does not fit the parameters.
         """
+        sums, *values = self.add(self.init(params), params, batch, mask)
+        return Clipped(self.finish(sums), *values)
+
+    def init(self, params: PyTree) -> Sums:
+        """Begin a sum over a batch that arrives micro-batch by micro-batch.
+
+        Raises:
+            LeafError: a leaf of `params` is no floating-point tensor.
+        """
+        return nothing(params)
+
+    @eager
+    def add(self, sums: Sums, params: PyTree, batch: PyTree, mask: Tensor | None = None) -> Added:
+        """Add one micro-batch's clipped gradients, and return new sums; the old ones stay as they are.
+
+        Of a batch in micro-batches, however it was cut, the sum is that of the whole up to rounding, and has its
+        sensitivity. Micro-batches may differ in size.
+
+        Args:
+            sums: what `init` or the `add` before returned.
+            params: the same for every micro-batch.
+            batch: pytree of tensors with one leading axis `B >= 0`.
+            mask: as for a whole batch.
+
+        Returns:
+            An `Added`: the new sums, and losses, norms and aux of this micro-batch.
+
+        Raises:
+            LeafError, LossError: as a call on a whole batch; or the sums are of other parameters.
+        """
         call = Call.of(self.loss, params, batch, mask)
         grouping = grouping_of(self.clipping, params)
-        sums = _Accumulator(call)
+        parts = _Accumulator(call)
         squares, values = [], []
         for chunk in call.chunks(self.microbatch_size):
             with attributed(self.strategy, chunk):
-                parts, norms, value = ByPath(self.strategy).clipped_sum(chunk, grouping.over(self.normalize_by))
-            sums.add(parts)
+                part, norms, value = ByPath(self.strategy).clipped_sum(chunk, grouping.over(self.normalize_by))
+            parts.add(part)
             squares.append(norms)
             values.append(value)
         norms = _norms(call, squares)
         non_finite = call.rows([~torch.isfinite(norms).all(1) for norms in squares]).sum()
-        return Clipped(
-            trees.unflatten(call.params, sums.total()),
+        return Added(
+            extended(sums, parts.total(), call.size),
             call.losses(values),
             norms[0] if grouping.names is None else norms,
             call.aux(values),
             non_finite,
         )
+
+    def finish(self, sums: Sums) -> PyTree:
+        """Return the sum of all clipped gradients that were added, over `normalize_by`: what `Clipped.grads` is."""
+        return total(sums)
 
 
 class _Accumulator:
@@ -288,16 +325,13 @@ class _Accumulator:
     def add(self, parts: Leaves) -> None:
         """Add one micro-batch's sums."""
         self._added += 1
-        if self._added == _FEW:
+        if self._added == FEW:
             self._sums = [leaf.double() for leaf in self._sums]
         self._sums = [a.add_(b) for a, b in zip(self._sums, parts, strict=True)] if self._sums else parts
 
     def total(self) -> Leaves:
         """Return the whole sums, in the dtype of a sum of so many rows."""
         return [leaf.to(dtype) for leaf, dtype in zip(self._sums, self._dtypes, strict=True)]
-
-
-_FEW = 8
 
 
 def _norms(call: Call, squares: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from pegrad import trees
 from pegrad._validate import check_positive
 from pegrad.auditing.bounds import check_test
 from pegrad.auditing.guesses import OneRun, check_included, one_run
-from pegrad.dp_sgd import _pure_update
+from pegrad.dp_sgd import pure
 from pegrad.errors import ArgumentError, LeafError
 from pegrad.optim import GradientTransformation
 from pegrad.per_example import Loss, per_example_norm
@@ -43,14 +43,14 @@ def recording(optimizer: Any) -> GradientTransformation:
     Raises:
         ArgumentError: `optimizer` has no `init` and `update`.
     """
-    inner_update = _pure_update(optimizer)
+    pair = pure(optimizer)
 
     def init(params: PyTree) -> Recorded:
-        return Recorded(trees.map(torch.zeros_like, params), optimizer.init(params))
+        return Recorded(trees.map(torch.zeros_like, params), pair.init(params))
 
     def update(grads: PyTree, state: Recorded, params: PyTree) -> tuple[PyTree, Recorded]:
         kept = trees.map(torch.clone, grads)  # an optimizer may write over what it is given
-        updates, inner = inner_update(grads, state.inner, params)
+        updates, inner = pair.update(grads, state.inner, params)
         return updates, Recorded(kept, inner)
 
     return GradientTransformation(init, update)

@@ -25,20 +25,36 @@ def eager(function: F) -> F:
 
     Nothing of this is paid for before `torch._dynamo` has been imported, by whoever compiles something.
     """
-    apart: list[Callable[..., Any]] = []
+    once = outermost(function)
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" in sys.modules:
-            if not apart:
-                apart.append(torch.compiler.disable(compiled_eagerly, reason=_REASON))
-            return apart[0](*args, **kwargs)
+            return once(*args, **kwargs)
         generators = Generators.now()
-        result = recorded(*args, **kwargs)
+        result = once(*args, **kwargs)
         if "torch._dynamo" in sys.modules:  # the loss itself may just have compiled something, and not been seen whole
             generators.restore()
-            return run(*args, **kwargs)
+            return once(*args, **kwargs)
         return result
+
+    return run  # type: ignore[return-value]
+
+
+def outermost(function: F) -> F:
+    """Decorate a function that calls entry functions: as `eager`, but it never runs twice.
+
+    What it is given may be there only once, as the batches of a loader are. It must not run a loss by itself.
+    """
+    apart: list[Callable[..., Any]] = []
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return recorded(*args, **kwargs)
+        if not apart:
+            apart.append(torch.compiler.disable(compiled_eagerly, reason=_REASON))
+        return apart[0](*args, **kwargs)
 
     def compiled_eagerly(*args: Any, **kwargs: Any) -> Any:
         with _forced_eager():
