@@ -1175,21 +1175,21 @@ MUTANTS = [
     ),
     # Sampling and accounting
     Mutant(
-        "sampling.py",
+        "sampling/poisson.py",
         "(self.num_examples,), dtype=torch.float64",
         "(self.num_examples,), dtype=torch.float32",
         "test_sampling.py -k all_53_bits",
         "sampling rates are rounded to 24 bits, and small ones to zero",
     ),
     Mutant(
-        "sampling.py",
+        "sampling/poisson.py",
         "random.split(random.fold_in(key, step))",
         "random.split(key)",
         "test_sampling.py -k functions_of_key_and_step",
         "the same batch at every step",
     ),
     Mutant(
-        "sampling.py",
+        "sampling/poisson.py",
         "random.permutation(truncate_key, len(drawn))[: self.rows]",
         "torch.arange(len(drawn))[: self.rows]",
         "test_sampling.py -k test_truncation_keeps",
