@@ -550,7 +550,7 @@ def test_a_users_records_are_a_mixture():
     assert all_of_them.removal.event == dp_accounting.GaussianDpEvent(0.5)
 
 
-@pytest.mark.parametrize(("sigma", "rate", "records"), [(1.0, 0.1, 3), (2.0, 0.3, 10), (1.0, 0.02, 2), (3.0, 0.9, 4)])
+@pytest.mark.parametrize(("sigma", "rate", "records"), [(1.0, 0.02, 2), (2.0, 0.3, 10), (3.0, 0.9, 4)])
 def test_no_user_costs_more_than_is_charged(sigma, rate, records):
     """Catches: less than the exact divergence of a user whose records all point one way; and far more than that."""
     delta, grid = 1e-5, np.linspace(-10 * sigma, records + 10 * sigma, 200_001)

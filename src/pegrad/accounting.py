@@ -166,7 +166,7 @@ def user_event(noise_multiplier: float, sampler: PoissonSampler, steps: int, max
     Example:
         >>> sampler = PoissonSampler(num_examples=1000, sampling_rate=0.01)
         >>> round(epsilon(user_event(1.5, sampler, steps=100, max_records=3), delta=1e-5), 1)
-        2.0
+        1.0
     """
     _check_run(noise_multiplier, steps)
     check_integer("max_records", max_records, 1)
