@@ -533,6 +533,14 @@ def test_other_samplers_are_calibrated(sampler):
     assert epsilon(dp_event(1.0, sampler, 0), 1e-5) == 0
 
 
+@pytest.mark.parametrize("sampler", [BallsInBinsSampler(1000, 10), FixedSizeSampler(1000, 100)])
+def test_any_noise_has_an_answer_for_other_samplers(sampler):
+    """Catches: overflow to infinity or to what is no number, for next to no noise; and bounds that never get small."""
+    for sigma in (1e-99, 1e-5, 0.02):
+        assert 100 < epsilon(dp_event(sigma, sampler, 10), 1e-5) < math.inf
+    assert epsilon(dp_event(1e6, sampler, 10), 1e-5) < 0.01
+
+
 # Users
 
 
