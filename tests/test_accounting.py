@@ -6,11 +6,20 @@ import sys
 import dp_accounting
 import numpy as np
 import pytest
-from scipy import optimize, stats
+import torch
+from scipy import optimize, special, stats
 
-from pegrad.accounting import compose, dp_event, epsilon, noise_multiplier_for
+from pegrad.accounting import compose, dp_event, epsilon, noise_multiplier_for, user_event
+from pegrad.balls_in_bins import BallsInBinsEvent, divergences
 from pegrad.errors import ArgumentError, MissingExtraError
-from pegrad.sampling import PoissonSampler, ShuffledSampler
+from pegrad.sampling import (
+    BallsInBinsSampler,
+    CyclicPoissonSampler,
+    FixedSizeSampler,
+    PoissonSampler,
+    ShuffledSampler,
+    UserSampler,
+)
 
 
 def _epsilon(sigma, rate, steps, delta, accountant="pld", num_examples=1000):
@@ -217,7 +226,7 @@ def test_truncation_is_charged_for_the_larger_neighbour():
 
 def test_truncation_is_not_for_rdp():
     event = dp_event(2.0, PoissonSampler(1000, 0.1, 105, "truncate"), 50)
-    with pytest.raises(ArgumentError, match=r"'rdp' does not support.*Truncated batches need 'pld'"):
+    with pytest.raises(ArgumentError, match=r"'rdp' does not support.*Truncated batches and users' records need 'pld'"):
         epsilon(event, 1e-5, "rdp")
 
 
@@ -323,6 +332,275 @@ def test_shuffled_batches_are_refused():
         noise_multiplier_for(1.0, 1e-5, ShuffledSampler(100, 10), 5)
 
 
+# Samplers beyond Poisson
+
+
+def test_other_samplers_have_their_events():
+    """Catches: a rate, a number of rounds or a relation that is another's; records counted where users are drawn."""
+    gaussian = dp_accounting.GaussianDpEvent
+
+    def sampled(rate):
+        return dp_accounting.PoissonSampledDpEvent(rate, gaussian(1.5))
+
+    cyclic, dealt = CyclicPoissonSampler(1000, 0.2, 4), BallsInBinsSampler(1000, 4)
+    subset = dp_accounting.SampledWithoutReplacementDpEvent(1000, 50, gaussian(0.75))
+    users = UserSampler(torch.arange(3000) % 1000, PoissonSampler(1000, 0.2), 3)
+    for sampler, steps, each, count, relation in (
+        (cyclic, 8, sampled(0.2), 2, "add_or_remove"),
+        (cyclic, 9, sampled(0.2), 3, "add_or_remove"),
+        (CyclicPoissonSampler(1000, 1.0, 4), 1, gaussian(1.5), 1, "add_or_remove"),
+        (dealt, 8, BallsInBinsEvent(1.5, 4), 2, "add_or_remove"),
+        (FixedSizeSampler(1000, 50), 7, subset, 7, "replace"),
+        (users, 7, sampled(0.2), 7, "add_or_remove"),
+    ):
+        event = dp_event(1.5, sampler, steps)
+        assert event.removal == event.addition == dp_accounting.SelfComposedDpEvent(each, count)
+        assert event.relation == relation
+        assert event.overflow < 1e-20
+
+
+@pytest.mark.parametrize(
+    "make", [lambda m: CyclicPoissonSampler(1000, 0.4, 4, m), lambda m: BallsInBinsSampler(1000, 10, m)]
+)
+def test_overflow_of_dealt_batches_is_charged(make):
+    """Catches: the size of a batch taken for that of another rate, and steps that are not charged."""
+    sampler = make(165)
+    event = dp_event(2.0, sampler, 5000)
+    assert event.overflow == pytest.approx(5000 * stats.binom.sf(164, 1000, 0.1), rel=1e-6)
+    assert epsilon(event, 1e-5) > epsilon(event._replace(overflow=0.0), 1e-5)
+
+
+def test_a_part_of_an_epoch_is_refused():
+    """Catches: runs that change the noise within an epoch, whose parts share one secret and are charged as if not."""
+    with pytest.raises(ArgumentError, match=r"whole epochs of 4 steps.*got steps=7.*between epochs"):
+        dp_event(1.0, BallsInBinsSampler(100, 4), 7)
+
+
+def test_events_of_two_relations_do_not_compose():
+    """Catches: an epsilon for replacement added to one for addition and removal."""
+    poisson, fixed = dp_event(2.0, PoissonSampler(1000, 0.1), 5), dp_event(2.0, FixedSizeSampler(1000, 100), 5)
+    with pytest.raises(ArgumentError, match="Expected events of one relation"):
+        compose(poisson, fixed)
+    twice = compose(fixed, fixed)
+    assert twice.relation == "replace"
+    assert epsilon(twice, 1e-5) == pytest.approx(epsilon(dp_event(2.0, FixedSizeSampler(1000, 100), 10), 1e-5))
+
+
+def _theorem_27(sigma, rate, order):
+    """Wang et al. 2019, Theorem 27, at a whole order. σ is over the distance that a replacement moves the sum."""
+
+    def moments(size):  # the ternary χ-divergences: differences of exp(x(x+1)/(2σ²))
+        terms = [
+            (-1) ** (size - i) * math.comb(size, i) * math.exp(i * (i - 1) / (2 * sigma**2)) for i in range(size + 1)
+        ]
+        return math.fsum(terms)
+
+    total = 1.0
+    for j in range(2, order + 1):
+        plain = 2 * math.exp((j - 1) * j / (2 * sigma**2))
+        low, high = moments(2 * (j // 2)), moments(2 * -(-j // 2))
+        total += rate**j * math.comb(order, j) * min(4 * math.sqrt(low * high), plain)
+    return math.log(total) / (order - 1)
+
+
+@pytest.mark.parametrize(("sigma", "rate"), [(1.0, 0.01), (2.0, 0.1), (4.0, 0.05)])
+def test_fixed_size_is_theorem_27(sigma, rate):
+    """Catches: another bound or another meaning of σ in a new release of dp-accounting."""
+    for order in (2, 3, 5, 8):
+        accountant = dp_accounting.rdp.RdpAccountant([order], dp_accounting.NeighboringRelation.REPLACE_ONE)
+        event = dp_event(2 * sigma, FixedSizeSampler(1000, round(1000 * rate)), 1)
+        assert accountant.compose(event.removal).rdp[0] == pytest.approx(_theorem_27(sigma, rate, order), rel=1e-6)
+
+
+def test_fixed_size_is_charged_twice_the_sensitivity():
+    """Catches: dp-accounting's σ, which is over 2C for the Rényi accountant and over C for the other.
+
+    A batch of all examples is the Gaussian mechanism whose sum a replacement moves by 2C: D_α = 4α/(2σ²).
+    """
+    relation, gaussian = dp_accounting.NeighboringRelation.REPLACE_ONE, dp_accounting.GaussianDpEvent(3.0)
+    assert dp_accounting.rdp.RdpAccountant([7], relation).compose(gaussian).rdp[0] == pytest.approx(7 / (2 * 9))
+    by_losses = dp_accounting.pld.PLDAccountant(relation).compose(gaussian).get_epsilon(1e-5)
+    assert by_losses == pytest.approx(_one_step_epsilon(1.5, 1.0, 1e-5), rel=1e-3)
+    full = epsilon(dp_event(3.0, FixedSizeSampler(50, 50), 1), 1e-5)
+    assert _one_step_epsilon(1.5, 1.0, 1e-5) <= full < 1.2 * _one_step_epsilon(1.5, 1.0, 1e-5)
+
+
+@pytest.mark.parametrize(("sigma", "size"), [(1.0, 10), (2.0, 5), (1.0, 20), (4.0, 15)])
+def test_no_subset_costs_more_than_is_charged(sigma, size):
+    """Catches: an epsilon below the exact one of an example of gradient +1 that is replaced by one of -1, n = 20."""
+    delta, rate, grid = 1e-4, size / 20, np.linspace(-2 - 12 * sigma, 2 + 12 * sigma, 100_001)
+    charged = epsilon(dp_event(sigma, FixedSizeSampler(20, size), 1), delta)
+    one, other = ((1 - rate) * stats.norm.pdf(grid, 0, sigma) + rate * stats.norm.pdf(grid, z, sigma) for z in (1, -1))
+    assert np.maximum(one - math.exp(charged) * other, 0).sum() * (grid[1] - grid[0]) <= delta
+
+
+def _ratio_moment(sigma, bins, power):
+    """E of (mean of b lognormals)^power, by Gauss-Hermite quadrature in b dimensions."""
+    z, weights = special.roots_hermitenorm(80)
+    weights = weights / math.sqrt(2 * math.pi)
+    y = np.exp(z / sigma - 1 / (2 * sigma**2))
+    total, weight = y, weights
+    for _ in range(bins - 1):
+        total, weight = np.add.outer(total, y), np.multiply.outer(weight, weights)
+    return float((weight * (total / bins) ** power).sum())
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3])
+@pytest.mark.parametrize("sigma", [1.0, 2.0, 5.0])
+def test_balls_in_bins_divergences_of_few_bins(sigma, bins):
+    """Catches: one direction left out, a step of the series lost, an end of the integral cut off."""
+    orders = (1.5, 2.0, 3.0, 4.0, 7.0)
+    bounds = divergences(sigma, bins, orders)
+    for order, bound in zip(orders, bounds, strict=True):
+        removal, addition = (math.log(_ratio_moment(sigma, bins, p)) / (order - 1) for p in (order, 1 - order))
+        assert bound >= max(removal, addition) * (1 - 1e-6)
+        if order.is_integer():
+            assert bound == pytest.approx(max(removal, addition), rel=1e-4)
+        else:
+            assert bound <= order / (2 * sigma**2)
+
+
+@pytest.mark.parametrize(("sigma", "bins"), [(1.0, 10), (3.0, 1000), (0.5, 100), (10.0, 10_000)])
+def test_balls_in_bins_divergences_are_the_exact_ones(sigma, bins):
+    """Catches: sums of logarithms that lose small divergences: against sums over how many bins α balls share."""
+
+    def moment(order):
+        weights = [math.exp(k * (k - 1) / (2 * sigma**2)) / math.factorial(k) for k in range(order + 1)]
+        rest, power, total = [0.0, *weights[1:]], [1.0] + [0.0] * order, [0.0] * (order + 1)
+        for used in range(order + 1):
+            total = [t + math.comb(bins, used) * p for t, p in zip(total, power, strict=True)]
+            power = [math.fsum(power[i] * rest[k - i] for i in range(k + 1)) for k in range(order + 1)]
+        return total[order] * math.factorial(order) / bins**order
+
+    orders = (2.0, 3.0, 6.0, 12.0)
+    for order, bound in zip(orders, divergences(sigma, bins, orders), strict=True):
+        exact = math.log(moment(int(order))) / (order - 1)
+        assert exact <= bound * (1 + 1e-6)
+        assert bound == pytest.approx(exact, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.6, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize("bins", [1, 7, 100, 10_000])
+def test_balls_in_bins_is_sound_at_every_order(sigma, bins):
+    """Catches: infinities and numbers that are not, a divergence that is negative, or falls as the order rises."""
+    orders = (1.1, 1.5, 2.0, 2.5, 10.9, 63.0, 256.0, 512.0, 1024.0)
+    bounds = divergences(sigma, bins, orders)
+    assert (bounds > 0).all()
+    assert (bounds <= np.array(orders) / (2 * sigma**2)).all()
+    assert (np.diff(bounds) >= -1e-8).all()
+
+
+@pytest.mark.parametrize(("sigma", "bins"), [(1.0, 2), (0.7, 3), (2.0, 3)])
+def test_no_epoch_costs_more_than_is_charged(sigma, bins):
+    """Catches: an epsilon below the exact one of an epoch, in either direction, by integration over all its sums."""
+    delta = 1e-3
+    charged = epsilon(dp_event(sigma, BallsInBinsSampler(50, bins), bins), delta)
+    axis = np.linspace(-7 * sigma, 1 + 7 * sigma, 161)
+    without, alone, shifted = np.ones(()), stats.norm.pdf(axis, 0, sigma), stats.norm.pdf(axis, 1, sigma)
+    for _ in range(bins):
+        without = np.multiply.outer(without, alone)
+    ratio, with_z = shifted / alone, np.zeros_like(without)
+    for place in range(bins):
+        with_z += without * ratio.reshape([-1 if axis == place else 1 for axis in range(bins)]) / bins
+    cell = (axis[1] - axis[0]) ** bins
+    for one, other in ((with_z, without), (without, with_z)):
+        assert np.maximum(one - math.exp(charged) * other, 0).sum() * cell <= delta
+    if bins == 2:
+        weaker = epsilon(dp_event(sigma * 1.5, BallsInBinsSampler(50, bins), bins), delta)
+        assert np.maximum(with_z - math.exp(weaker) * without, 0).sum() * cell > delta
+
+
+def test_balls_in_bins_composes_with_the_others():
+    """Catches: epochs lost beside other events, or counted once."""
+    dealt, poisson = BallsInBinsSampler(1000, 50), PoissonSampler(1000, 0.02)
+    one, ten = (epsilon(dp_event(1.0, dealt, 50 * epochs), 1e-5) for epochs in (1, 10))
+    assert ten > 1.5 * one
+    both = epsilon(compose(dp_event(1.0, dealt, 500), dp_event(1.0, poisson, 500)), 1e-5)
+    assert both > 1.2 * max(ten, epsilon(dp_event(1.0, poisson, 500), 1e-5))
+    assert both == epsilon(compose(dp_event(1.0, poisson, 500), dp_event(1.0, dealt, 500)), 1e-5, "rdp")
+    assert epsilon(dp_event(1.0, BallsInBinsSampler(1000, 1), 3), 1e-5) == pytest.approx(
+        epsilon(dp_event(1.0, PoissonSampler(1000, 1.0), 3), 1e-5, "rdp"), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "sampler", [CyclicPoissonSampler(2000, 0.2, 4), BallsInBinsSampler(2000, 10), FixedSizeSampler(2000, 50)]
+)
+def test_other_samplers_are_calibrated(sampler):
+    sigma = noise_multiplier_for(4.0, 1e-5, sampler, 100)
+    assert epsilon(dp_event(sigma, sampler, 100), 1e-5) <= 4.0 < epsilon(dp_event(sigma * 0.999, sampler, 100), 1e-5)
+    assert epsilon(dp_event(0.0, sampler, 100), 1e-5) == math.inf
+    assert epsilon(dp_event(1.0, sampler, 0), 1e-5) == 0
+
+
+@pytest.mark.parametrize("sampler", [BallsInBinsSampler(1000, 10), FixedSizeSampler(1000, 100)])
+def test_any_noise_has_an_answer_for_other_samplers(sampler):
+    """Catches: overflow to infinity or to what is no number, for next to no noise; and bounds that never get small."""
+    for sigma in (1e-99, 1e-5, 0.02):
+        assert 100 < epsilon(dp_event(sigma, sampler, 10), 1e-5) < math.inf
+    assert epsilon(dp_event(1e6, sampler, 10), 1e-5) < 0.01
+
+
+# Users
+
+
+def test_a_users_records_are_a_mixture():
+    """Catches: one record charged where k are, k charged as one, and a law other than the binomial."""
+    sampler = PoissonSampler(1000, 0.1)
+    event = user_event(2.0, sampler, 7, 3)
+    mixture = event.removal.event
+    assert event.removal == event.addition
+    assert event.removal.count == 7
+    assert (mixture.standard_deviation, list(mixture.sensitivities)) == (2.0, [0, 1, 2, 3])
+    assert np.allclose(mixture.sampling_probs, stats.binom.pmf(range(4), 3, 0.1), rtol=1e-12)
+    assert user_event(2.0, sampler, 7, 1) == dp_event(2.0, sampler, 7)
+    all_of_them = user_event(2.0, PoissonSampler(1000, 1.0), 7, 4)
+    assert all_of_them.removal.event == dp_accounting.GaussianDpEvent(0.5)
+
+
+@pytest.mark.parametrize(("sigma", "rate", "records"), [(1.0, 0.02, 2), (2.0, 0.3, 10), (3.0, 0.9, 4)])
+def test_no_user_costs_more_than_is_charged(sigma, rate, records):
+    """Catches: less than the exact divergence of a user whose records all point one way; and far more than that."""
+    delta, grid = 1e-5, np.linspace(-10 * sigma, records + 10 * sigma, 200_001)
+    charged = epsilon(user_event(sigma, PoissonSampler(100, rate), 1, records), delta)
+    without = stats.norm.pdf(grid, 0, sigma)
+    with_user = sum(stats.binom.pmf(j, records, rate) * stats.norm.pdf(grid, j, sigma) for j in range(records + 1))
+
+    def spent(eps):
+        return max(
+            np.maximum(one - math.exp(eps) * other, 0).sum() * (grid[1] - grid[0])
+            for one, other in ((with_user, without), (without, with_user))
+        )
+
+    assert spent(charged) <= delta * (1 + 1e-6)
+    assert spent(charged * 0.98) > delta
+
+
+def test_users_need_room_for_all_their_records():
+    """Catches: an overflow that is that of one record."""
+    sampler = PoissonSampler(1000, 0.1, 170)
+    event = user_event(2.0, sampler, 50, 5)
+    assert event.overflow == pytest.approx(50 * stats.binom.sf(165, 1000, 0.1), rel=1e-6)
+    assert event.overflow > 1.5 * dp_event(2.0, sampler, 50).overflow
+    assert user_event(2.0, PoissonSampler(1000, 0.1), 50, 5).overflow < 1e-18
+    assert user_event(2.0, PoissonSampler(1000, 0.1, 4), 1, 5).overflow == 1
+    with pytest.raises(ArgumentError, match="may overflow"):
+        epsilon(user_event(2.0, PoissonSampler(1000, 0.1, 130, "truncate"), 50, 5), 1e-5)
+
+
+def test_a_users_records_are_not_for_rdp():
+    with pytest.raises(ArgumentError, match="users' records need 'pld'"):
+        epsilon(user_event(2.0, PoissonSampler(1000, 0.1), 50, 5), 1e-5, "rdp")
+
+
+@pytest.mark.parametrize(
+    "sampler", [FixedSizeSampler(100, 5), BallsInBinsSampler(100, 5), CyclicPoissonSampler(100, 0.1, 5), 0.1]
+)
+def test_users_without_an_accountant_are_refused(sampler):
+    with pytest.raises(ArgumentError, match=r"Expected a PoissonSampler of records.*Draw users"):
+        user_event(1.0, sampler, 5, 3)
+
+
 # Calibration
 
 
@@ -362,6 +640,9 @@ def test_calibration_at_the_ends_of_its_range():
         (lambda: dp_event(1.0, PoissonSampler(10, 0.1), -1), "steps to be an integer >= 0, got steps=-1"),
         (lambda: dp_event(1.0, PoissonSampler(10, 0.1), 1.5), "steps=1.5"),
         (lambda: dp_event(1.0, 0.1, 1), "PoissonSampler, got float"),
+        (lambda: user_event(-1.0, PoissonSampler(10, 0.1), 1, 2), "noise_multiplier=-1.0"),
+        (lambda: user_event(1.0, PoissonSampler(10, 0.1), -1, 2), "steps=-1"),
+        (lambda: user_event(1.0, PoissonSampler(10, 0.1), 1, 0), "max_records to be an integer >= 1"),
         (lambda: _epsilon(1.0, 0.1, 1, 0.0), "0 < delta < 1, got delta=0.0"),
         (lambda: _epsilon(1.0, 0.1, 1, 1.0), "delta=1.0"),
         (lambda: _epsilon(1.0, 0.1, 1, 1e-5, "gdp"), "'pld' or 'rdp', got accountant='gdp'"),

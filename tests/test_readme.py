@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
+SAMPLING = README.parent / "docs" / "sampling.md"
 
 
 def test_the_readmes_code_runs(capsys):
@@ -23,3 +24,19 @@ def test_the_readmes_code_runs(capsys):
     assert names["state"].ledger.steps == names["state"].step == 2
     assert names["epsilon"] > 0
     assert "gram" in capsys.readouterr().out
+
+
+def test_the_code_of_the_page_on_sampling_runs():
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", SAMPLING.read_text(), re.DOTALL):
+        exec(compile(block, str(SAMPLING), "exec"), names)
+    assert names["state"].step == 10
+    assert names["mask"].shape == names["norms"].shape
+    assert names["epsilon"] > 1
+
+
+def test_the_page_on_sampling_names_tests_that_exist():
+    defined = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", SAMPLING.read_text())
+    assert named
+    assert all(f"def {name}(" in defined for name in named)

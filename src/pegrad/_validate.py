@@ -28,3 +28,15 @@ def check_size(name: str, size: int | None) -> None:
     """Raise `ArgumentError` unless `size` is None or a whole number >= 1."""
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ArgumentError(f"Expected {name} to be None or a whole number >= 1, got {name}={size}")
+
+
+def check_integer(name: str, value: int, least: int) -> None:
+    """Raise `ArgumentError` unless `value` is a whole number >= `least`."""
+    if not isinstance(value, int) or value < least:
+        raise ArgumentError(f"Expected {name} to be an integer >= {least}, got {name}={value!r}.")
+
+
+def check_rate(name: str, value: float) -> None:
+    """Raise `ArgumentError` unless `value` is a probability above zero."""
+    if not 0 < value <= 1:
+        raise ArgumentError(f"Expected 0 < {name} <= 1, got {name}={value}.")
