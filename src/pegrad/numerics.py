@@ -70,8 +70,10 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     a, b = (t.reshape(t.shape[0], -1).to(dtype) for t in (a, b))
     if dtype == torch.float64:
         return a @ b.T
-    parts = zip(a.split(_SEGMENT, 1), b.split(_SEGMENT, 1), strict=True)
-    return sum((x @ y.T).double() for x, y in parts)  # type: ignore[return-value]  # there is at least one part
+    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for x, y in zip(a.split(_SEGMENT, 1), b.split(_SEGMENT, 1), strict=True):
+        total = total + x @ y.T
+    return total
 
 
 def contract(weights: Tensor, rows: Tensor, bad: Tensor | None, dtype: torch.dtype) -> Tensor:

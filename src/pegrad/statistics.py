@@ -179,7 +179,7 @@ def gradient_moments(
             return Scatter(examples, found[:leaves], found[leaves:])
 
         found = _joined(call, microbatch_size, scatter, lambda between: [mean.square() for mean in between])
-        freedom = found.count - 1 or float("nan")
+        freedom = found.examples - 1 or float("nan")
         dtypes = [accumulator(leaf.dtype) for leaf in call.problem.params]
         means = [mean.to(dtype) for mean, dtype in zip(found.means, dtypes, strict=True)]
         variances = [(square / freedom).to(dtype) for square, dtype in zip(found.scatters, dtypes, strict=True)]
@@ -227,8 +227,8 @@ def gradient_noise_scale(
             return Scatter(examples, means, [(squares.sum() - examples * _square(means)).clamp(min=0)])
 
         found = _joined(call, microbatch_size, scatter, lambda between: [_square(between)])
-        trace = found.scatters[0] / (found.count - 1)
-        signal = _square(found.means) - trace / found.count
+        trace = found.scatters[0] / (found.examples - 1)
+        signal = _square(found.means) - trace / found.examples
         return NoiseScale(torch.where(signal <= 0, torch.inf, trace / signal), trace, signal)
 
     return scale

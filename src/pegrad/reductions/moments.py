@@ -55,8 +55,8 @@ def _moments(rows: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
 class Scatter(NamedTuple):
     """How the gradients of some examples lie about their mean."""
 
-    count: int
-    """How many examples, at least 1."""
+    examples: int
+    """How many, at least 1."""
     means: Leaves
     scatters: Leaves
     """Sums of squared deviations from the mean: for each leaf one like it, or one scalar for all numbers."""
@@ -72,9 +72,9 @@ class Scatter(NamedTuple):
 
         Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", Equations 2.1.
         """
-        count = self.count + other.count
+        examples = self.examples + other.examples
         between = [b - a for a, b in zip(self.means, other.means, strict=True)]
-        means = [a + d * (other.count / count) for a, d in zip(self.means, between, strict=True)]
-        weight = self.count * other.count / count
+        means = [a + d * (other.examples / examples) for a, d in zip(self.means, between, strict=True)]
+        weight = self.examples * other.examples / examples
         parts = zip(self.scatters, other.scatters, squares(between), strict=True)
-        return Scatter(count, means, [a + b + weight * square for a, b, square in parts])
+        return Scatter(examples, means, [a + b + weight * square for a, b, square in parts])
