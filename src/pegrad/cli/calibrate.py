@@ -13,11 +13,12 @@ from functools import partial
 from rich.console import Console
 
 from pegrad import accounting
-from pegrad.cli.runs import Run, number_of_steps, sampling_rate, table
+from pegrad.cli.runs import Accountant, Run, number_of_steps, sampling_rate, table
 from pegrad.errors import ArgumentError
 
 _PRECISION = 1e-4
 _DIGITS = 5
+_STRIDES = 20  # of which the range of what is looked for consists
 _MOST_STEPS = 2**20
 _LEAST_DELTA, _MOST_DELTA = 1e-15, 0.5  # below, the accountants' own rounding is all there is
 
@@ -92,19 +93,26 @@ def _last(
             returned.
     """
 
-    def excess(logarithm: float) -> float:
-        cost = make(math.exp(logarithm)).epsilon()
+    def excess(logarithm: float, accountant: Accountant = "pld") -> float:
+        cost = make(math.exp(logarithm)).epsilon(accountant)
         return max(-9.0, min(9.0, math.log(max(cost, 1e-9) / epsilon)))  # nearly straight, and never infinite
 
-    start, end = math.log(cheap), math.log(dear)
-    if excess(start) > 0:
-        raise ArgumentError(too_dear)
-    if excess(end) <= 0:
-        if too_cheap is not None:
-            raise ArgumentError(too_cheap)
-        return dear
     optimize = importlib.import_module("scipy.optimize")  # which comes with dp-accounting
-    return math.exp(optimize.brentq(excess, start, end, xtol=_PRECISION / 2))
+    start, end = math.log(cheap), math.log(dear)
+    low = start
+    if excess(start, "rdp") <= 0:  # a looser bound, found in no time: what it allows is allowed
+        low = end if excess(end, "rdp") <= 0 else optimize.brentq(excess, start, end, ("rdp",), xtol=_PRECISION / 2)
+    if excess(low) > 0:
+        raise ArgumentError(too_dear)
+    while low != end:
+        high = low + (end - start) / _STRIDES
+        high = end if (end - high) * (end - start) <= 0 else high
+        if excess(high) > 0:
+            return math.exp(optimize.brentq(excess, low, high, xtol=_PRECISION / 2))
+        low = high
+    if too_cheap is not None:
+        raise ArgumentError(too_cheap)
+    return dear
 
 
 def _settled(epsilon: float, make: Callable[[float], Run], value: float, rounding: str) -> Run:

@@ -12,7 +12,6 @@ from pegrad import accounting
 from pegrad.errors import ArgumentError
 from pegrad.sampling import PoissonSampler
 
-
 Accountant = Literal["pld", "rdp"]
 
 
