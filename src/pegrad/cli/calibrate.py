@@ -59,7 +59,7 @@ def _most_steps(epsilon: float, make: Callable[..., Run]) -> Run:
         f"Not even one step costs as little as epsilon={epsilon:g}: more noise, or smaller batches",
         f"More than {_MOST_STEPS} steps cost no more than epsilon={epsilon:g}: less noise would do",
     )
-    steps = math.floor(_last(epsilon, whole, 1, _MOST_STEPS, *refusals))
+    steps = math.ceil(_last(epsilon, whole, 1, _MOST_STEPS, *refusals) * (1 + _PRECISION))
     while whole(steps).epsilon() > epsilon:
         steps -= max(1, int(_PRECISION * steps))
     return whole(steps)
