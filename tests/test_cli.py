@@ -10,7 +10,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+import pegrad
 from pegrad.__main__ import main
+from pegrad.cli.arguments import parse
+from pegrad.cli.networks import build
 from pegrad.papers.comparison import BASELINE
 from pegrad.rules.conv import KERNELS
 from pegrad.strategies import STRATEGIES
@@ -187,6 +190,124 @@ def test_compare_can_be_narrowed(capsys):
     out = capsys.readouterr().out
     assert "norms" in out
     assert "grouped_conv" not in out
+
+
+def test_explain_prints_what_explain_prints(capsys):
+    """Catches: lines folded at the terminal's width, another batch, a strategy that is not passed on."""
+    options = ("--model", "toy_cnn", "--image-size", "8", "--batch-size", "3")
+    network = build(parse(["explain", *options]))
+    assert network.batch[0].shape == (3, 3, 8, 8)
+    for strategy in ("auto", "ghost"):
+        assert main(["explain", *options, "--strategy", strategy]) == 0
+        title, _, table = capsys.readouterr().out.partition("\n")
+        assert title == f"toy_cnn, 3×3×8×8: {strategy}"
+        expected = str(pegrad.explain(network.loss, network.params, network.batch, strategy=strategy))
+        assert table.strip() == expected.strip()
+
+
+RUN = {"--num-examples": 1000, "--sampling-rate": 0.04, "--noise-multiplier": 0.8, "--steps": 10, "--delta": 1e-5}
+ROWS = {
+    "--noise-multiplier": "noise multiplier σ",
+    "--steps": "steps",
+    "--sampling-rate": "sampling rate q",
+    "--delta": "δ",
+}
+
+
+def words(options: dict) -> list[str]:
+    return [str(word) for option in options.items() for word in option]
+
+
+def shown(capsys: pytest.CaptureFixture) -> dict[str, float]:
+    """Read the table that was printed."""
+    lines = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    return {name.strip(): float(number) for name, number in lines}
+
+
+def cost(options: dict) -> float:
+    sampler = pegrad.sampling.PoissonSampler(options["--num-examples"], options["--sampling-rate"])
+    event = pegrad.accounting.dp_event(options["--noise-multiplier"], sampler, options["--steps"])
+    return pegrad.accounting.epsilon(event, options["--delta"])
+
+
+def test_epsilon_is_the_accountants(capsys):
+    """Catches: q and σ in each other's places; an epsilon that is rounded down."""
+    assert main(["epsilon", *words(RUN)]) == 0
+    table = shown(capsys)
+    assert cost(RUN) <= table["ε"] <= cost(RUN) * 1.0001
+    assert table["ε by Rényi divergences alone"] > table["ε"]
+    assert table["examples in a batch, on average"] == 40
+    assert table["passes over the data set"] == 0.4
+    others = RUN | {"--batch-size": 40, "--epochs": 0.4}
+    del others["--sampling-rate"], others["--steps"]
+    assert main(["epsilon", *words(others)]) == 0
+    assert shown(capsys) == table
+
+
+@pytest.mark.parametrize("missing", ROWS)
+def test_calibrate_finds_what_is_left_out(missing, capsys):
+    """Catches: a number that overspends as it is shown, or leaves much of the budget."""
+    budget = cost(RUN)
+    assert main(["calibrate", "--epsilon", repr(budget), *words({k: v for k, v in RUN.items() if k != missing})]) == 0
+    table = shown(capsys)
+    found = table[ROWS[missing]]
+    tolerance = 0.01 if missing == "--delta" else 1e-3
+    assert found == pytest.approx(RUN[missing], rel=tolerance)
+    spent = cost(RUN | {missing: int(found) if missing == "--steps" else found})
+    assert 0.999 * budget < spent <= budget
+    assert spent <= table["ε"] <= spent * 1.0001
+
+
+@pytest.mark.parametrize(
+    ("missing", "noise", "epsilon", "message"),
+    [
+        ("--steps", 1.5, 1e-3, "Not even one step"),
+        ("--sampling-rate", 1.5, 1e-5, "Not even batches of one example"),
+        ("--delta", 0.02, 1e-3, "No delta up to 0.5"),
+        ("--steps", 1e5, 10, "More than 1048576 steps"),
+    ],
+)
+def test_calibrate_says_where_nothing_fits(missing, noise, epsilon, message, capsys):
+    others = {k: v for k, v in (RUN | {"--noise-multiplier": noise, "--steps": 100}).items() if k != missing}
+    assert message in failed(capsys, "calibrate", "--epsilon", str(epsilon), *words(others))
+
+
+def test_a_budget_for_the_whole_data_set_takes_it(capsys):
+    """Catches: a search that must end between two numbers."""
+    others = {k: v for k, v in RUN.items() if k != "--sampling-rate"}
+    assert main(["calibrate", "--epsilon", "1000", *words(others)]) == 0
+    assert shown(capsys)["sampling rate q"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["epsilon", *words(RUN), "--batch-size", "40"], "not allowed with argument"),
+        (["epsilon", *words(RUN), "--epochs", "2"], "not allowed with argument"),
+        (["epsilon", *words(RUN)[2:]], "required: --num-examples"),
+        (["epsilon", *words(RUN), "--sampling-rate", "1.5"], "expected a number above 0, up to 1, got '1.5'"),
+        (["calibrate", *words(RUN)], "required: --epsilon"),
+        (["calibrate", "--epsilon", "1", *words(RUN)], "leave out one of"),
+        (["calibrate", "--epsilon", "1", *words(RUN)[:6]], "got 2 of the four"),
+        (
+            ["calibrate", "--epsilon", "1", *words(RUN)[:2], *words(RUN)[4:6], *words(RUN)[8:], "--epochs", "2"],
+            "--epochs: not allowed without",
+        ),
+        (["explain", "--strategy", "vmap"], "invalid choice: 'vmap'"),
+        (["explain", "--model", "gpt"], "invalid choice: 'gpt'"),
+    ],
+)
+def test_the_other_commands_refuse_options_that_make_no_sense(options, message, capsys):
+    assert message in refused(capsys, *options)
+
+
+def test_errors_of_the_accountant_are_one_line(capsys, monkeypatch):
+    """Catches: a traceback where batches are larger than the data set, or dp-accounting is missing."""
+    others = {k: v for k, v in RUN.items() if k != "--sampling-rate"}
+    assert "num_examples=1000" in failed(capsys, "epsilon", *words(others), "--batch-size", "2000")
+    assert "image_size" in failed(capsys, "explain", "--image-size", "3")
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    assert "pegrad[accounting]" in failed(capsys, "epsilon", *words(RUN | {"--delta": 1e-4}))
 
 
 def test_mnist_shaped_files_train(tmp_path):

@@ -392,7 +392,7 @@ def test_statistics(loss):
         dots = pegrad.per_example_dot(loss)(params, batch, direction)
         gram = pegrad.gradient_gram(loss)(params, batch)
         moments = pegrad.gradient_moments(loss)(params, batch)
-        scale = pegrad.gradient_noise_scale(loss)(params, batch)
+        scale = pegrad.gradient_noise_scale(loss)(params, batch).scale
     oracle.assert_close(dots, [flat @ torch.cat([d.flatten() for d in direction.values()])])
     oracle.assert_close(gram, [flat @ flat.T])
     oracle.assert_close(moments.mean, [g.mean(0) for g in grads])

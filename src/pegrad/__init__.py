@@ -36,7 +36,14 @@ from pegrad.rules import RULES
 from pegrad.rules.conv import KERNELS
 from pegrad.rules.operation import operation
 from pegrad.rules.site import Kernel, Site
-from pegrad.statistics import Moments, gradient_gram, gradient_moments, gradient_noise_scale, per_example_dot
+from pegrad.statistics import (
+    Moments,
+    NoiseScale,
+    gradient_gram,
+    gradient_moments,
+    gradient_noise_scale,
+    per_example_dot,
+)
 from pegrad.strategies import STRATEGIES, Auto, BookKeeping, Ghost, GroupedConv, Naive, Stacking, Strategy, Vmap
 
 __version__ = "0.2.0"
@@ -71,6 +78,7 @@ __all__ = [
     "MissingExtraError",
     "Moments",
     "Naive",
+    "NoiseScale",
     "PegradError",
     "PerExample",
     "Release",

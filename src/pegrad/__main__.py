@@ -1,4 +1,4 @@
-"""The command line: `python -m pegrad train` and `python -m pegrad compare`."""
+"""The command line: `python -m pegrad`, with a command."""
 
 import importlib
 import sys

@@ -61,6 +61,21 @@ def _squares(rows: Tensor, segment: int) -> Tensor:
     return squares + torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square()
 
 
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of rows, `(A, ...)` and `(B, ...)` to `(A, B)`, in float64.
+
+    Products of float32 rows are added up few numbers at a time.
+    """
+    dtype = torch.promote_types(accumulator(a.dtype), accumulator(b.dtype))
+    a, b = (t.reshape(t.shape[0], -1).to(dtype) for t in (a, b))
+    if dtype == torch.float64:
+        return a @ b.T
+    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for x, y in zip(a.split(_SEGMENT, 1), b.split(_SEGMENT, 1), strict=True):
+        total = total + x @ y.T
+    return total
+
+
 def contract(weights: Tensor, rows: Tensor, bad: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Sum rows by weights.
 

@@ -587,9 +587,7 @@ MUTANTS = [
     ),
     Mutant(
         "rules/linear.py",
-        "if positions**2 * (x.shape[2] + g.shape[2]) > x.shape[2] * g.shape[2]:\n            return None\n        "
         "products = (x.flatten(0, 1) @ x.flatten(0, 1).T).mul_(g.flatten(0, 1) @ g.flatten(0, 1).T)",
-        "if positions**2 * (x.shape[2] + g.shape[2]) > x.shape[2] * g.shape[2]:\n            return None\n        "
         "products = (x.flatten(0, 1) @ x.flatten(0, 1).T).add_(g.flatten(0, 1) @ g.flatten(0, 1).T)",
         "test_statistics.py",
         "inner products of examples' gradients are wrong",
@@ -1758,5 +1756,76 @@ MUTANTS = [
         "",
         "test_fallback.py -k random_numbers_are_as_in_the_loop",
         "a step that falls back cannot be repeated by the loop",
+    ),
+    # Statistics, optimizers, the command line
+    Mutant(
+        "rules/linear.py",
+        "if positions > 1:  # terms may cancel",
+        "if positions < 0:  # terms may cancel",
+        "test_statistics.py -k products_of_terms",
+        "squared norms on the diagonal of a Gram matrix that are noise, or negative",
+    ),
+    Mutant(
+        "reductions/products.py",
+        "left[:, None] & right",
+        "left[:, None] | right",
+        "test_statistics.py -k every_strategy",
+        "inner products with padding",
+    ),
+    Mutant(
+        "reductions/products.py",
+        "self._total = gram.block(torch.zeros(batch, batch, dtype=torch.float64",
+        "self._total = gram.block(torch.zeros(batch, batch, dtype=torch.float32",
+        "test_statistics.py -k leaves_that_cancel",
+        "inner products that lose what other leaves' products are larger than",
+    ),
+    Mutant(
+        "numerics.py",
+        "for x, y in zip(a.split(_SEGMENT, 1), b.split(_SEGMENT, 1), strict=True):",
+        "for x, y in [(a, b)]:",
+        "test_statistics.py -k many_numbers",
+        "inner products of long gradients are off by a thousandth",
+    ),
+    Mutant(
+        "reductions/moments.py",
+        "weight = self.examples * other.examples / examples",
+        "weight = self.examples * other.examples / (examples - 1)",
+        "test_statistics.py -k every_strategy",
+        "the variance depends on the size of the micro-batches",
+    ),
+    Mutant(
+        "statistics.py",
+        "signal = _square(found.means) - trace / found.examples",
+        "signal = _square(found.means)",
+        "test_statistics.py -k averages",
+        "the squared norm of the gradient is too large by the noise in its estimate",
+    ),
+    Mutant(
+        "optim/partition.py",
+        "[leaf if own == label else None for leaf, own",
+        "[leaf if own != label else None for leaf, own",
+        "test_optim.py -k groups",
+        "groups of parameters get each other's optimizers",
+    ),
+    Mutant(
+        "optim/averaging.py",
+        "past.lerp(new.to(past.dtype), 1 - weight)",
+        "past.lerp(new.to(past.dtype), weight)",
+        "test_optim.py -k average",
+        "the average of the iterates forgets at once",
+    ),
+    Mutant(
+        "optim/transformations.py",
+        "factor = bound / norm.clamp(min=bound)",
+        "factor = bound / norm",
+        "test_optim.py -k clipping",
+        "small gradients are made larger",
+    ),
+    Mutant(
+        "cli/runs.py",
+        "decimal.Context(prec=5, rounding=decimal.ROUND_CEILING)",
+        "decimal.Context(prec=2, rounding=decimal.ROUND_FLOOR)",
+        "test_cli.py -k epsilon_is",
+        "an epsilon is shown that is less than what the run costs",
     ),
 ]

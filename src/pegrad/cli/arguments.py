@@ -26,6 +26,15 @@ experimenter's eyes. Nor does epsilon cover a choice of options made by looking 
 _COMPARE = """Time the strategies in turns with the gradient of the mean loss, the one that training without privacy
 needs, on random images; and tell how far each answer is from that of vmap."""
 
+_EXPLAIN = """Say how the norms and the clipped sum of per-example gradients are found, use by use of every parameter,
+for one of the papers' networks on random images."""
+
+_EPSILON = """Say what a run of DP-SGD costs: batches drawn by Poisson sampling, each step a sum of clipped gradients
+plus Gaussian noise, neighbours that differ by one example added or removed."""
+
+_CALIBRATE = """Find the one number of a run that is left out, so that the run costs at most epsilon: the least noise,
+the most steps, the largest batches, or the least delta. Give the others."""
+
 
 def _checked(kind: Callable[[str], Any], accepts: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
     """Make the converter of an option's text, whose error says what was expected."""
@@ -47,6 +56,7 @@ def _is_here(device: torch.device) -> bool:
 _positive = _checked(float, lambda value: 0 < value < math.inf, "a number > 0")
 _not_negative = _checked(float, lambda value: 0 <= value < math.inf, "a number >= 0")
 _probability = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+_rate = _checked(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
 _count = _checked(int, lambda value: value >= 1, "a whole number >= 1")
 _natural = _checked(int, lambda value: value >= 0, "a whole number >= 0")
 _device = _checked(torch.device, _is_here, "cpu, or cuda where there is such a device")
@@ -59,7 +69,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The options, `command` being "train" or "compare". Options of `train` that were not given are None.
+        The options, `command` being the name of a module of `pegrad.cli`. Options of `train` that were not given are
+        None.
 
     Raises:
         SystemExit: the arguments make no sense; the reason is on the standard error.
@@ -67,10 +78,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("pegrad", description="Per-example gradients and differentially private SGD.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_compare(commands)
+    _add_explain(commands)
+    _add_epsilon(commands)
+    calibrate = _add_calibrate(commands)
     train = _add_train(commands)
     options = parser.parse_args(argv)
     if options.command == "train":
         _check_train(train, options)
+    if options.command == "calibrate":
+        _check_calibrate(calibrate, options)
     return options
 
 
@@ -98,9 +114,7 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("compare", description=_COMPARE, help="time the strategies side by side")
-    parser.add_argument("--model", choices=[*MODELS], default="mnist_cnn", help="network (default: %(default)s)")
-    parser.add_argument("--batch-size", type=_count, default=32, metavar="B", help="examples (default: %(default)s)")
-    parser.add_argument("--image-size", type=_count, metavar="N", help="height and width (default: the model's)")
+    _add_network(parser)
     parser.add_argument("--repeats", type=_count, default=5, metavar="N", help="rounds (default: %(default)s)")
     parser.add_argument(
         "--strategies",
@@ -117,6 +131,67 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         help="every gradient, their norms, or the sum of the clipped ones (default: %(default)s)",
     )
     parser.add_argument("--kernels", action="store_true", help="also grouped_conv by each convolution kernel")
+
+
+def _add_explain(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("explain", description=_EXPLAIN, help="say what runs, use by use")
+    _add_network(parser)
+    parser.add_argument(
+        "--strategy",
+        choices=["auto", "book_keeping", "ghost"],
+        default="auto",
+        help="how norms and sums are found (default: %(default)s)",
+    )
+
+
+def _add_epsilon(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("epsilon", description=_EPSILON, help="say what a run of DP-SGD costs")
+    _add_run(parser, required=True)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "calibrate", description=_CALIBRATE, help="find the noise, or another number, of a run"
+    )
+    parser.add_argument("--epsilon", type=_positive, required=True, metavar="EPS", help="what the run may cost")
+    _add_run(parser, required=False)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add what determines the cost of a run."""
+    parser.add_argument("--num-examples", type=_count, required=True, metavar="N", help="size of the data set")
+    batches = parser.add_mutually_exclusive_group(required=required)
+    batches.add_argument("--batch-size", type=_positive, metavar="B", help="mean number of examples in a batch")
+    batches.add_argument("--sampling-rate", type=_rate, metavar="Q", help="probability of an example to be drawn")
+    duration = parser.add_mutually_exclusive_group(required=required)
+    duration.add_argument("--steps", type=_count, metavar="T", help="batches")
+    duration.add_argument("--epochs", type=_positive, metavar="E", help="batches, in passes over the data set")
+    parser.add_argument(
+        "--noise-multiplier", type=_positive, required=required, metavar="SIGMA", help="noise std / sensitivity"
+    )
+    parser.add_argument("--delta", type=_probability, required=required, help="delta of the guarantee")
+
+
+def _check_calibrate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    choices = {
+        "--noise-multiplier": options.noise_multiplier,
+        "--steps": options.steps or options.epochs,
+        "--batch-size": options.batch_size or options.sampling_rate,
+        "--delta": options.delta,
+    }
+    missing = [name for name, value in choices.items() if value is None]
+    if len(missing) != 1:
+        parser.error(f"leave out one of {', '.join(choices)}, to be found; got {4 - len(missing)} of the four")
+    if missing == ["--batch-size"] and options.epochs is not None:
+        parser.error("argument --epochs: not allowed without --batch-size or --sampling-rate; give --steps")
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    """Add what makes one of the papers' networks and a batch."""
+    parser.add_argument("--model", choices=[*MODELS], default="mnist_cnn", help="network (default: %(default)s)")
+    parser.add_argument("--batch-size", type=_count, default=32, metavar="B", help="examples (default: %(default)s)")
+    parser.add_argument("--image-size", type=_count, metavar="N", help="height and width (default: the model's)")
     _add_device(parser)
 
 

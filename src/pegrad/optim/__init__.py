@@ -11,7 +11,9 @@ Long optimizers are chains of short ones; `adamw`, for one, is
 
     chain(scale_by_adam(), add_decayed_weights(0.01), scale_by_learning_rate(1e-3))
 
-A learning rate is a number or a schedule: any function from the step, counted from 0, to a number.
+A learning rate is a number or a schedule: any function from the step, counted from 0, to a number. `partition` gives
+groups of parameters each an optimizer of its own, `masked` and `mask=` leave some out (biases do not decay),
+`average_iterates` keeps a moving average of the parameters, and `clip_by_global_norm` bounds what a step has released.
 
 >>> import torch
 >>> optimizer = sgd(linear_warmup(0.1, steps=100), momentum=0.9)
@@ -22,16 +24,24 @@ A learning rate is a number or a schedule: any function from the step, counted f
 >>> params = apply_updates(params, updates)
 """
 
-from pegrad.optim.schedules import Schedule, constant, cosine_decay, linear_warmup
+from pegrad.optim.averaging import AverageState, average_iterates
+from pegrad.optim.base import GradientTransformation, State, apply_updates, chain
+from pegrad.optim.partition import masked, partition
+from pegrad.optim.schedules import (
+    Schedule,
+    constant,
+    cosine_decay,
+    exponential_decay,
+    linear_decay,
+    linear_warmup,
+    piecewise_constant,
+)
 from pegrad.optim.transformations import (
     AdamState,
-    GradientTransformation,
-    State,
     adam,
     adamw,
     add_decayed_weights,
-    apply_updates,
-    chain,
+    clip_by_global_norm,
     scale_by_adam,
     scale_by_learning_rate,
     sgd,
@@ -40,6 +50,7 @@ from pegrad.optim.transformations import (
 
 __all__ = [
     "AdamState",
+    "AverageState",
     "GradientTransformation",
     "Schedule",
     "State",
@@ -47,10 +58,17 @@ __all__ = [
     "adamw",
     "add_decayed_weights",
     "apply_updates",
+    "average_iterates",
     "chain",
+    "clip_by_global_norm",
     "constant",
     "cosine_decay",
+    "exponential_decay",
+    "linear_decay",
     "linear_warmup",
+    "masked",
+    "partition",
+    "piecewise_constant",
     "scale_by_adam",
     "scale_by_learning_rate",
     "sgd",

@@ -1,7 +1,7 @@
-"""Learning rates that change: a schedule is any function from the step, counted from 0, to a number."""
+"""Numbers that change, learning rates above all: a schedule is any function from the step, counted from 0, to one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pegrad.errors import ArgumentError
 
@@ -52,6 +52,75 @@ def cosine_decay(peak: float, steps: int, final: float = 0.0) -> Schedule:
         return final + (peak - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
     return schedule
+
+
+def linear_decay(peak: float, steps: int, final: float = 0.0) -> Schedule:
+    """Fall from `peak` to `final` in a straight line over `steps` steps, and stay there.
+
+    Args:
+        peak: the learning rate at step 0, at least 0.
+        steps: how many steps the fall takes, at least 1.
+        final: the learning rate from step `steps` on, at least 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    >>> [linear_decay(1.0, steps=2)(step) for step in range(4)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    checked_rate(peak, "peak")
+    checked_rate(final, "final")
+    expect(steps >= 1, "steps", steps, "at least 1")
+    return lambda step: final + (peak - final) * (1 - min(step / steps, 1.0))
+
+
+def exponential_decay(peak: float, steps: int, factor: float) -> Schedule:
+    """Fall from `peak` by a factor in every `steps` steps, little by little.
+
+    Args:
+        peak: the learning rate at step 0, at least 0.
+        steps: how many steps a fall by `factor` takes, at least 1.
+        factor: a number in (0, 1].
+
+    Returns:
+        The schedule, `peak * factor ** (step / steps)`.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    >>> [exponential_decay(1.0, steps=2, factor=0.25)(step) for step in range(4)]
+    [1.0, 0.5, 0.25, 0.125]
+    """
+    checked_rate(peak, "peak")
+    expect(steps >= 1, "steps", steps, "at least 1")
+    expect(0 < factor <= 1, "factor", factor, "a number in (0, 1]")
+    return lambda step: peak * factor ** (step / steps)
+
+
+def piecewise_constant(first: float, factors: Mapping[int, float]) -> Schedule:
+    """Keep one learning rate, until a step multiplies it.
+
+    Args:
+        first: the learning rate at step 0, at least 0.
+        factors: by step, what the learning rate is multiplied by from that step on, at least 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ArgumentError: an argument is outside its bounds.
+
+    >>> [piecewise_constant(1.0, {2: 0.5, 3: 0.5})(step) for step in range(5)]
+    [1.0, 1.0, 0.5, 0.25, 0.25]
+    """
+    checked_rate(first, "first")
+    known = dict(factors)
+    for factor in known.values():
+        checked_rate(factor, "factor")
+    return lambda step: first * math.prod(factor for start, factor in known.items() if start <= step)
 
 
 def linear_warmup(then: float | Schedule, steps: int) -> Schedule:

@@ -1,29 +1,17 @@
-"""Pairs of pure functions that turn gradients into updates, and the chains that optimizers are."""
+"""The optimizers, and the transformations that they are chains of."""
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from pegrad import trees
+from pegrad.numerics import squared_norms
+from pegrad.optim.base import GradientTransformation, State, chain
+from pegrad.optim.partition import Labels, masked
 from pegrad.optim.schedules import Schedule, checked_rate, constant, expect
 from pegrad.trees import PyTree
-
-State = Any
-
-
-class GradientTransformation(NamedTuple):
-    """A pair of pure functions that turns gradients into other gradients, or into updates.
-
-    Attributes:
-        init: `params -> state`.
-        update: `(grads, state, params) -> (updates, state)`; updates have the structure, shapes and dtypes of
-            the gradients, which are those of the parameters.
-    """
-
-    init: Callable[[PyTree], State]
-    update: Callable[[PyTree, State, PyTree], tuple[PyTree, State]]
 
 
 class AdamState(NamedTuple):
@@ -37,25 +25,13 @@ class AdamState(NamedTuple):
 torch.serialization.add_safe_globals([AdamState])  # for torch.load's default, weights_only=True
 
 
-def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """Return `params + updates`, leaf by leaf.
-
-    Args:
-        params: a pytree of floating-point tensors.
-        updates: a pytree of the same structure and shapes.
-
-    Returns:
-        New parameters; each leaf keeps the dtype of the parameter it replaces.
-    """
-    return trees.map(lambda param, update: (param + update).to(param.dtype), params, updates)
-
-
 def sgd(
     learning_rate: float | Schedule,
     *,
     momentum: float = 0.0,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: float | Schedule = 0.0,
+    mask: Labels | None = None,
 ) -> GradientTransformation:
     """Stochastic gradient descent, equal to `torch.optim.SGD` up to rounding.
 
@@ -64,15 +40,17 @@ def sgd(
         momentum: the factor that keeps past gradients, in [0, 1).
         nesterov: look one step ahead along the momentum, which must then be positive.
         weight_decay: the factor, at least 0, of the parameters that is added to the gradients.
+        mask: which parameters decay, as for `masked`. None: all.
 
     Returns:
         The optimizer.
 
     Raises:
         ArgumentError: an argument is outside its bounds.
+        LeafError: on a call, the mask does not fit the parameters.
     """
     return chain(
-        add_decayed_weights(weight_decay),
+        add_decayed_weights(weight_decay, mask),
         trace(momentum, nesterov=nesterov),
         scale_by_learning_rate(learning_rate),
     )
@@ -84,7 +62,8 @@ def adam(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    weight_decay: float | Schedule = 0.0,
+    mask: Labels | None = None,
 ) -> GradientTransformation:
     """Adam, equal to `torch.optim.Adam` up to rounding.
 
@@ -95,18 +74,20 @@ def adam(
         eps: the positive number added to the root of the second moment.
         weight_decay: the factor, at least 0, of the parameters that is added to the gradients before their
             moments are taken (an L2 penalty).
+        mask: which parameters decay, as for `masked`. None: all.
 
     Returns:
         The optimizer.
 
     Raises:
         ArgumentError: an argument is outside its bounds.
+        LeafError: on a call, the mask does not fit the parameters.
 
     Source:
         Kingma and Ba 2015, Algorithm 1.
     """
     return chain(
-        add_decayed_weights(weight_decay),
+        add_decayed_weights(weight_decay, mask),
         scale_by_adam(b1=b1, b2=b2, eps=eps),
         scale_by_learning_rate(learning_rate),
     )
@@ -118,7 +99,8 @@ def adamw(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: float | Schedule = 0.01,
+    mask: Labels | None = None,
 ) -> GradientTransformation:
     """Adam with decoupled weight decay, equal to `torch.optim.AdamW` up to rounding.
 
@@ -128,66 +110,94 @@ def adamw(
         b2: the decay of the second moment, in [0, 1).
         eps: the positive number added to the root of the second moment.
         weight_decay: the fraction of the parameters, at least 0, that a step at learning rate 1 would remove.
+        mask: which parameters decay, as for `masked`; such as `lambda params: {name: p.dim() > 1 for name, p in
+            params.items()}`, which leaves out biases and the gains of normalisations. None: all.
 
     Returns:
         The optimizer.
 
     Raises:
         ArgumentError: an argument is outside its bounds.
+        LeafError: on a call, the mask does not fit the parameters.
 
     Source:
         Loshchilov and Hutter 2019, Algorithm 2.
     """
     return chain(
         scale_by_adam(b1=b1, b2=b2, eps=eps),
-        add_decayed_weights(weight_decay),
+        add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
 
 
-def chain(*transformations: GradientTransformation) -> GradientTransformation:
-    """Apply transformations one after the other, each to the updates of the one before it.
-
-    Args:
-        transformations: any number of them; none at all leaves gradients as they are.
-
-    Returns:
-        Their composition, whose state is the tuple of theirs.
-    """
-
-    def init(params: PyTree) -> State:
-        return tuple(transformation.init(params) for transformation in transformations)
-
-    def update(grads: PyTree, state: State, params: PyTree) -> tuple[PyTree, State]:
-        next_states = []
-        for transformation, own_state in zip(transformations, state, strict=True):
-            grads, own_state = transformation.update(grads, own_state, params)
-            next_states.append(own_state)
-        return grads, tuple(next_states)
-
-    return GradientTransformation(init, update)
-
-
-def add_decayed_weights(weight_decay: float) -> GradientTransformation:
+def add_decayed_weights(weight_decay: float | Schedule, mask: Labels | None = None) -> GradientTransformation:
     """Add `weight_decay * params` to the gradients.
 
     Args:
-        weight_decay: a number at least 0; 0 leaves the gradients exactly as they are.
+        weight_decay: a number at least 0, or a schedule of the step; 0 leaves the gradients exactly as they are.
+        mask: which parameters decay, as for `masked`. None: all.
 
     Returns:
-        A transformation without state.
+        A transformation without state for a number; for a schedule its state is the number of steps taken.
 
     Raises:
-        ArgumentError: `weight_decay` is negative or not finite.
+        ArgumentError: `weight_decay` is negative or not finite; a schedule's is checked at every step.
+        LeafError: on a call, the mask does not fit the parameters.
     """
-    expect(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "a finite number at least 0")
-    if weight_decay == 0:
+    if callable(weight_decay):
+        decay = _by_step(lambda step, grads, params: _decayed(grads, params, weight_decay(step)))
+    elif _checked_decay(weight_decay) == 0:
         return chain()
+    else:
+        decay = GradientTransformation(
+            lambda params: (), lambda grads, state, params: (_decayed(grads, params, weight_decay), state)
+        )
+    return decay if mask is None else masked(decay, mask)
 
-    def update(grads: PyTree, state: State, params: PyTree) -> tuple[PyTree, State]:
-        return trees.map(lambda grad, param: grad + weight_decay * param, grads, params), state
 
-    return GradientTransformation(lambda params: (), update)
+def _decayed(grads: PyTree, params: PyTree, weight_decay: float) -> PyTree:
+    _checked_decay(weight_decay)
+    return trees.map(lambda grad, param: grad + weight_decay * param, grads, params)
+
+
+def _checked_decay(weight_decay: float) -> float:
+    expect(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "a finite number at least 0")
+    return weight_decay
+
+
+def clip_by_global_norm(max_norm: float | Schedule) -> GradientTransformation:
+    """Scale gradients down to a norm over all leaves together, where theirs is larger.
+
+    It is applied to what a step has released, noise and all, and so costs no privacy; nor does it bound any one
+    example's gradient: that is `pegrad.clipped_grad`'s.
+
+    Args:
+        max_norm: a number above 0, or a schedule of the step.
+
+    Returns:
+        A transformation whose state is the number of steps taken.
+
+    Raises:
+        ArgumentError: `max_norm` is not a finite number above 0; a schedule's is checked at every step.
+
+    Source:
+        Pascanu et al. 2013, Algorithm 1; `clip_by_global_norm` of optax.
+    """
+
+    def checked(norm: float) -> float:
+        expect(0 < norm < math.inf, "max_norm", norm, "a finite number above 0")
+        return norm
+
+    if not callable(max_norm):
+        checked(max_norm)
+
+    def clip(step: int, grads: PyTree, params: PyTree) -> PyTree:
+        bound = checked(max_norm(step) if callable(max_norm) else max_norm)
+        norm = torch.stack([squared_norms(leaf[None]).squeeze(0) for leaf in trees.leaves(grads)]).sum().sqrt()
+        factor = bound / norm.clamp(min=bound)  # exactly 1 for what is not clipped
+        return trees.map(lambda grad: grad * factor.to(grad.dtype), grads)
+
+    return _by_step(clip)
 
 
 def trace(momentum: float, *, nesterov: bool = False) -> GradientTransformation:
@@ -275,11 +285,18 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransform
     """
     schedule = learning_rate if callable(learning_rate) else constant(learning_rate)
 
-    def update(grads: PyTree, step: int, params: PyTree) -> tuple[PyTree, int]:
+    def scale(step: int, grads: PyTree, params: PyTree) -> PyTree:
         rate = checked_rate(schedule(step))
-        return trees.map(lambda grad: -rate * grad, grads), step + 1
+        return trees.map(lambda grad: -rate * grad, grads)
 
-    return GradientTransformation(lambda params: 0, update)
+    return _by_step(scale)
+
+
+def _by_step(function: Callable[[int, PyTree, PyTree], PyTree]) -> GradientTransformation:
+    """Make a transformation of `(step, grads, params) -> updates`, whose state is the step: a Python integer."""
+    return GradientTransformation(
+        lambda params: 0, lambda grads, step, params: (function(step, grads, params), step + 1)
+    )
 
 
 def _zeros_like(params: PyTree) -> PyTree:

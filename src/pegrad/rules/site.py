@@ -131,7 +131,10 @@ class Site(ABC):
         return None
 
     def pairs(self, x: Tensor, g: Tensor) -> Tensor | None:
-        """Return the inner products of the examples' gradients, `(B, B)`, where that is cheaper than stacking them."""
+        """Return the inner products of the examples' gradients, `(B, B)`, where that is cheaper than stacking them.
+
+        Where they are differences of large products, in float64.
+        """
         return None
 
 
