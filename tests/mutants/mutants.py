@@ -367,8 +367,8 @@ MUTANTS = [
     ),
     Mutant(
         "reductions/native.py",
-        "for start in range(0, batch, step):",
-        "for start in range(0, batch - step + 1, step):",
+        "for start in range(0, batch, step):\n",
+        "for start in range(0, batch - step + 1, step):\n",
         "test_rules.py -k in_parts",
         "the last examples of a batch are lost",
     ),

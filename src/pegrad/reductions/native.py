@@ -85,18 +85,18 @@ class NativeSum:
         batch, site, positions = len(weights.values), part.site, part.positions
         step = min(batch, site.rows_at_a_time(positions), _ROWS)
         several = part.g.shape[0] // batch
-        x, g = site.weigh(zero_rows(part.x, weights.bad), zero_rows(part.g, weights.bad), weights.values)
-        native = site.summing(tuple(x.shape), tuple(g.shape))
+        native = site.summing(*part.shapes)
         assert native is not None
         bound = weights.bound / self.gain if self.gain else float("inf")
-        mistrusted = partial(rounding.mistrusted_sum, terms=step * positions, dtype=g.dtype, bound=bound)
+        mistrusted = partial(rounding.mistrusted_sum, terms=step * positions, dtype=part.g.dtype, bound=bound)
         # No row of a leaf's only use is longer than the bound, and few rows cannot come to much: no need to look.
         sole = len(self.errors) == 1 and self.gain == 1
         looks = not sole or mistrusted([step * bound] * -(-batch // step))
         total: Tensor | None = None
         largest: list[float] = []
-        for some in zip(x.split(step * several), g.split(step * several), strict=True):
-            summed = native.run(*some)
+        for start in range(0, batch, step):  # a weighted copy of a few rows, not of all
+            some, of = part.rows(start, start + step, batch), weights[start : start + step]
+            summed = native.run(*site.weigh(zero_rows(some.x, of.bad), zero_rows(some.g, of.bad), of.values))
             if looks:
                 largest.append(_largest(summed))
             total = summed.to(dtype) if total is None else total.add_(summed)
