@@ -2,14 +2,14 @@
 
     python benchmarks/accuracy.py [--scale smoke|cpu|full] [--data DIR]
 
-The MNIST network of Rochette et al. 2019 is trained by DP-SGD on scikit-learn's digits, and on MNIST where `--data` says
-where it is. K copies of an image are one example (De et al. 2022, "Unlocking high-accuracy differentially private image
-classification through scale"): its loss is the mean over them, so its gradient is clipped once, and K costs time and no
-privacy. One copy is the image itself, the others are shifted; K = 1 is training without augmentation.
+The MNIST network of Rochette et al. 2019 is trained by DP-SGD on scikit-learn's digits, and on MNIST where `--data`
+says where it is. K copies of an image are one example (De et al. 2022, "Unlocking high-accuracy differentially private
+image classification through scale"): its loss is the mean over them, so its gradient is clipped once, and K costs time
+and no privacy. One copy is the image itself, the others are shifted; K = 1 is training without augmentation.
 
-All is the same for every clipping but the learning rate, which comes from a small grid: the one that is best at K = 1 on
-held-out training images of the digits, which are public, serves for every K and for MNIST as well. Each budget pays for
-all that a step releases: for adaptive clipping, gradients and counts together.
+All is the same for every clipping but the learning rate, which comes from a small grid. The rate that is best at K = 1
+on held-out training images of the digits, which are public, serves for every K and for MNIST as well. The budget pays
+for all that a step releases: for adaptive clipping, gradients and counts together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,12 +43,12 @@ EPSILON, CLIP_NORM, MOMENTUM = 3.0, 1.0, 0.9
 HELD_OUT = 287  # a fifth of the digits' training images
 
 
-def adaptive(batch_size: int) -> Adaptive:
+def adaptive(batch_size: float) -> Adaptive:
     """Follow the median, as Andrew et al. 2021 propose: the counts' noise is a tenth of the batch."""
     return Adaptive(CLIP_NORM, count_noise_multiplier=batch_size / 10)
 
 
-CLIPPINGS: dict[str, Callable[[int], Clipping | Adaptive]] = {
+CLIPPINGS: dict[str, Callable[[float], Clipping | Adaptive]] = {
     "flat": lambda _: Flat(CLIP_NORM),
     "per layer": lambda _: PerLayer(CLIP_NORM),
     "automatic": lambda _: Automatic(CLIP_NORM),
@@ -60,7 +60,7 @@ CLIPPINGS: dict[str, Callable[[int], Clipping | Adaptive]] = {
 class Recipe(NamedTuple):
     """What is the same for every clipping on one data set."""
 
-    batch_size: int
+    sampling_rate: float
     epochs: float
     delta: float
     reach: int
@@ -79,8 +79,8 @@ class Scale(NamedTuple):
     scaled_down: str
 
 
-_DIGITS = Recipe(256, 30, 1e-4, 1, 0.0)
-_MNIST = Recipe(2048, 20, 1e-5, 2, -data.MNIST_MEAN / data.MNIST_STD)
+_DIGITS = Recipe(256 / 1437, 30, 1e-4, 1, 0.0)
+_MNIST = Recipe(2048 / 60_000, 20, 1e-5, 2, -data.MNIST_MEAN / data.MNIST_STD)
 _RATES = 0.1, 0.2, 0.4, 0.8
 SCALES = {
     "smoke": Scale(
@@ -90,7 +90,13 @@ SCALES = {
         (1, 4),
         "half an epoch (MNIST: a tenth), 1 seed, 2 learning rates, K up to 4",
     ),
-    "cpu": Scale(_DIGITS, _MNIST._replace(batch_size=512, epochs=3), _RATES, (1, 4), "MNIST: 3 epochs; K up to 4"),
+    "cpu": Scale(
+        _DIGITS,
+        _MNIST._replace(sampling_rate=512 / 60_000, epochs=3),
+        _RATES,
+        (1, 4),
+        "MNIST: 3 epochs of batches of 512; K up to 4",
+    ),
     "full": Scale(_DIGITS, _MNIST, _RATES, (1, 4, 16), "nothing"),
 }
 EFFORTS = {"smoke": Effort(rounds=1), "cpu": Effort(rounds=5), "full": Effort(rounds=5)}
@@ -149,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name: {clipping: [(k, [run["accuracy"] for run in runs]) for k, runs in own] for clipping, own in lines.items()}
         for name, lines in found.items()
     }
-    note = f"means of {len(seeds)} seeds, bars from the least to the greatest; {results.where()}"
+    note = f"seeds: {len(seeds)}; marks: means, bars: least and greatest\n{results.where()}"
     plotting.accuracy_by_copies(panels, f"Test accuracy at ε = {EPSILON:g}", note).savefig(stem.with_suffix(".png"))
     print(f"{stem}.json, {stem}.png")
 
@@ -170,14 +176,14 @@ def fit(dataset: Dataset, recipe: Recipe, clipping: str, rate: float, copies: in
         norms at the end, which are released.
     """
     size = len(dataset.train_labels)
-    sampler = PoissonSampler(size, recipe.batch_size / size)
-    steps = max(1, round(recipe.epochs * size / recipe.batch_size))
-    noise_multiplier = _noise_multiplier(recipe.delta, sampler, steps)
+    sampler = PoissonSampler(size, recipe.sampling_rate)
+    steps = max(1, round(recipe.epochs / recipe.sampling_rate))
+    noise_multiplier = _noise_multiplier(recipe.delta, recipe.sampling_rate, steps)
     model = models.mnist_cnn(image_size=dataset.train_images.shape[-1], num_classes=dataset.num_classes)
     step = pegrad.dp_sgd(
         mean_cross_entropy(model),
         optim.sgd(rate, momentum=MOMENTUM),
-        clip_norm=CLIPPINGS[clipping](recipe.batch_size),
+        clip_norm=CLIPPINGS[clipping](sampler.expected_batch_size),
         noise_multiplier=noise_multiplier,
         expected_batch_size=sampler.expected_batch_size,
         sampler=sampler,
@@ -242,8 +248,9 @@ def held_out(dataset: Dataset, count: int) -> Dataset:
 
 
 @cache
-def _noise_multiplier(delta: float, sampler: PoissonSampler, steps: int) -> float:
-    return accounting.noise_multiplier_for(EPSILON, delta, sampler, steps)
+def _noise_multiplier(delta: float, sampling_rate: float, steps: int) -> float:
+    # How many examples there are does not enter the cost of a Poisson draw.
+    return accounting.noise_multiplier_for(EPSILON, delta, PoissonSampler(1, sampling_rate), steps)
 
 
 def _key(name: str, clipping: str, copies: int, seed: int) -> str:

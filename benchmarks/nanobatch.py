@@ -4,7 +4,7 @@
 
 A clipped sum is a sum over examples, so a batch of any size fits into the memory of one example, at a price: by one
 norm over all leaves, and layer by layer. Then the logical batch grows: at once; by `microbatch_size`, which has all
-examples in memory; and streamed through `ClippedGrad.add`, each micro-batch made when it is asked for, as a loader does.
+examples in memory; and streamed through `ClippedGrad.add`, each micro-batch made when it is asked for, as by a loader.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ EFFORTS = {
 }
 WORKLOADS = {"smoke": SCALES["smoke"]["tiny"], "cpu": TABLE["wrn16_4"], "full": TABLE["wrn16_4"]}
 CLIPPINGS: dict[str, Callable[[float], Clipping]] = {"flat": Flat, "per layer": PerLayer}
-STREAMED = {"smoke": [4, 8, 16], "cpu": [8, 64, 512, 2048, 10_000], "full": [8, 64, 512, 2048, 10_000]}
+BATCHES = {"smoke": [4, 16], "cpu": [8, 64, 512, 2048, 10_000], "full": [8, 64, 512, 2048, 10_000]}
 MICROBATCH = {"smoke": 4, "cpu": 8, "full": 8}
 
 
@@ -45,26 +45,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = runner.parse(runner.parser("Throughput and memory against the micro-batch's size.", EFFORTS), argv)
     workload = WORKLOADS[options.scale]
     path = options.out / f"nanobatch_{options.scale}_{options.device}.json"
-    streamed, microbatch = STREAMED[options.scale], MICROBATCH[options.scale]
+    sizes = [1 << i for i in range(workload.batch_size.bit_length())] if options.scale != "smoke" else [2]
+    batches, microbatch = BATCHES[options.scale], MICROBATCH[options.scale]
     settings = {
         "batch_size": workload.batch_size,
-        "streamed": streamed,
+        "batches": batches,
         "microbatch": microbatch,
         "allocator": options.allocator,
         "rounds": options.effort.rounds,
     }
     results = Results(path, settings, options.device, fresh=options.fresh)
-    sizes = [1 << i for i in range(workload.batch_size.bit_length())]
     where = options.effort, options.device
     points = {f"{name}/{size}": partial(measure, workload, name, size, *where) for name in CLIPPINGS for size in sizes}
     # At once, a large batch fits into no memory: what is measured ends where the first part's batch does.
-    grown = [(way, size) for way in WAYS for size in streamed if way != "at once" or size <= workload.batch_size]
+    grown = [(way, size) for way in WAYS for size in batches if way != "at once" or size <= workload.batch_size]
     points |= {f"{way}/{size}": partial(memory, workload, way, size, microbatch, *where) for way, size in grown}
     runner.run(points, results)
     console = Console(width=100)
     console.print(_by_microbatch(workload.batch_size, sizes, results))
     found = {way: [(size, results[f"{way}/{size}"]) for own, size in grown if own == way] for way in WAYS}
-    console.print(_by_batch(microbatch, streamed, found))
+    console.print(_by_batch(microbatch, batches, found))
     note = f"examples and sums included; micro-batches of {microbatch}; {results.where()}"
     lines = {
         way: [(size, point["peak_bytes"]) for size, point in own if point.get("peak_bytes")]
@@ -182,10 +182,8 @@ def _by_microbatch(batch_size: int, sizes: Sequence[int], results: Results) -> T
 def _by_batch(microbatch: int, sizes: Sequence[int], found: dict[str, list[tuple[int, Point]]]) -> Table:
     table = report.table(f"Peak MB of a growing batch, micro-batches of {microbatch}", "batch", *found)
     for size in sizes:
-        points = [dict(own).get(size) for own in found.values()]
-        table.add_row(
-            str(size), *("" if p is None else p.get("failure") or report.megabytes(p["peak_bytes"]) for p in points)
-        )
+        points = [dict(own).get(size, {"peak_bytes": None}) for own in found.values()]
+        table.add_row(str(size), *(p.get("failure") or report.megabytes(p["peak_bytes"]) for p in points))
     return table
 
 

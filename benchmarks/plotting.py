@@ -216,7 +216,9 @@ def memory_by_batch(lines: Mapping[str, Sequence[tuple[float, float]]], title: s
             axes.plot(sizes, [count / 1e6 for count in needed], marker=shape, color=colour, label=name)
     axes.set(xscale="log", xlabel="examples in the logical batch", ylabel="peak MB")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ticks = sorted({size for points in lines.values() for size, _ in points})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
     if axes.get_legend_handles_labels()[0]:
