@@ -81,7 +81,7 @@ class Scale(NamedTuple):
 
 _DIGITS = Recipe(256 / 1437, 30, 1e-4, 1, 0.0)
 _MNIST = Recipe(2048 / 60_000, 20, 1e-5, 2, -data.MNIST_MEAN / data.MNIST_STD)
-_RATES = 0.1, 0.2, 0.4, 0.8
+_RATES = 0.05, 0.1, 0.2, 0.4
 SCALES = {
     "smoke": Scale(
         _DIGITS._replace(epochs=0.5),
