@@ -85,10 +85,10 @@ _RATES = 0.05, 0.1, 0.2, 0.4
 SCALES = {
     "smoke": Scale(
         _DIGITS._replace(epochs=0.5),
-        _MNIST._replace(epochs=0.1),
+        _MNIST._replace(sampling_rate=64 / 60_000, epochs=0.005),
         _RATES[:2],
         (1, 4),
-        "half an epoch (MNIST: a tenth), 1 seed, 2 learning rates, K up to 4",
+        "half an epoch (MNIST: 5 steps of 64), 1 seed, 2 learning rates, K up to 4",
     ),
     "cpu": Scale(
         _DIGITS,
