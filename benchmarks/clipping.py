@@ -4,7 +4,8 @@
 
 One norm over all leaves (`auto`, `ghost`), one for each leaf or layer, automatic; and Opacus, flat and with a bound for
 every parameter. By leaf or layer, `auto` sums inside the backward pass and keeps nothing for later: its memory should
-be that of the non-private gradient, its time that of one norm.
+be that of the non-private gradient, its time that of one norm. Adaptive clipping is a part of the step, which releases
+counts as well: the whole step with it, over that with a fixed clip norm.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
+from rich.table import Table
 
 import plotting
 import report
@@ -20,6 +22,7 @@ import runner
 from contest import CLIP_NORM, contest, memory
 from contestants import BASELINE, CLIPPINGS
 from runner import Effort, Results
+from whole_step import adaptive_step
 from workloads import SCALES
 
 EFFORTS = {
@@ -52,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for row, name in lines
         }
         points |= {f"memory/{row}/{name}": partial(memory, name, row, workloads[row], **how) for row, name in lines}
+        points |= {f"step/{row}/adaptive": partial(adaptive_step, workloads[row], **how) for row in workloads}
         runner.run(points, results)
     measured = {
         row: {
@@ -63,9 +67,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=max(Console().width, 110))
     for row, points in measured.items():
         console.print(report.gradient_table(report.caption(row, workloads[row]), points))
+    console.print(_steps(results, list(workloads)))
     note = f"{results.where()}. Dots: medians over the rounds; bars: quartiles."
     plotting.ratio_dots(report.ratios(measured, workloads), TITLE, note).savefig(stem.with_suffix(".png"))
     console.print(f"{stem}.json, {stem}.png", soft_wrap=True)
+
+
+def _steps(results: Results, rows: Sequence[str]) -> Table:
+    table = report.table("Adaptive clipping, the whole step", "workload", "flat, s", "adaptive, s", "× flat")
+    for row in rows:
+        point = results[f"step/{row}/adaptive"]
+        if "failure" in point:
+            table.add_row(row, "", "", point["failure"], style="dim")
+            continue
+        seconds = [f"{point['seconds'][name]:.3f}" for name in ("flat", "adaptive")]
+        table.add_row(row, *seconds, report.with_quartiles(point["ratio"]))
+    return table
 
 
 if __name__ == "__main__":

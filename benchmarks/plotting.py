@@ -198,6 +198,70 @@ _KERNELS = {
 }
 
 
+def memory_by_batch(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, note: str) -> Figure:
+    """Draw peak memory against the size of a batch; what takes constant memory is flat.
+
+    Args:
+        lines: by name, the points `(batch size, bytes)`; one without points is left out.
+        title: memory of what.
+        note: how and on what it was measured.
+    """
+    figure = Figure(figsize=(7.5, 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=13, color=_INK)
+    figure.supxlabel(note, fontsize=8, color=_GREY)
+    axes = figure.subplots()
+    for (name, points), shape, colour in zip(lines.items(), "vsD", (_GREY, "#d1662a", "#1f5fa8"), strict=True):
+        if points:
+            sizes, needed = zip(*points, strict=True)
+            axes.plot(sizes, [count / 1e6 for count in needed], marker=shape, color=colour, label=name)
+    axes.set(xscale="log", xlabel="examples in the logical batch", ylabel="peak MB")
+    axes.set_ylim(bottom=0)
+    ticks = sorted({size for points in lines.values() for size, _ in points})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def accuracy_by_copies(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, Sequence[float]]]]], title: str, note: str
+) -> Figure:
+    """Draw accuracies against augmentation multiplicity: a panel for each data set, a line for each clipping.
+
+    Args:
+        panels: by data set and clipping, the points `(K, accuracy of each seed)`.
+        title: accuracy of what.
+        note: how it was measured.
+
+    Returns:
+        A figure of means, with bars from the least to the greatest seed.
+    """
+    figure = Figure(figsize=(1.5 + 4 * len(panels), 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=13, color=_INK)
+    figure.supxlabel(note, fontsize=8, color=_GREY)
+    for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        looks = zip("Dos^", ("#1f5fa8", "#d1662a", "#3a9a6b", "#b03a6f"), strict=True)
+        for lane, ((clipping, points), (shape, colour)) in enumerate(zip(lines.items(), looks, strict=True)):
+            places = [copies * 1.06 ** (lane - 1.5) for copies, _ in points]  # side by side
+            means = [sum(seeds) / len(seeds) for _, seeds in points]
+            below = [middle - min(seeds) for middle, (_, seeds) in zip(means, points, strict=True)]
+            above = [max(seeds) - middle for middle, (_, seeds) in zip(means, points, strict=True)]
+            style = {"marker": shape, "color": colour, "elinewidth": 1, "label": clipping}
+            axes.errorbar(places, means, yerr=(below, above), **style)
+        ticks = [copies for copies, _ in next(iter(lines.values()))]
+        axes.set(title=name, xscale="log", xlabel="K, copies of an image")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
 def accuracy_by_budget(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, note: str) -> Figure:
     """Draw accuracies against privacy budgets.
 

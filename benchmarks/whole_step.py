@@ -19,6 +19,7 @@ from runner import Effort, Point, spread
 from workloads import Task, Workload, cross_entropies
 
 NOISE_MULTIPLIER = 1.1
+COUNT_NOISE_MULTIPLIER = 10.0  # of adaptive clipping
 LEARNING_RATE = 1e-3
 OPTIMIZERS: dict[str, tuple[Any, Any]] = {
     "sgd": (torch.optim.SGD, pegrad.optim.sgd),
@@ -49,6 +50,35 @@ def whole_step(optimizer: str, workload: Workload, effort: Effort, device: str) 
     for name, part in times["parts"].items():
         part["peak_bytes"] = peaks["peak_bytes"][name]
     return times
+
+
+def adaptive_step(workload: Workload, effort: Effort, device: str) -> Point:
+    """Time a whole step with adaptive clipping against one with a fixed clip norm, in turns, in a process of its own.
+
+    Args:
+        workload: what is computed.
+        effort: how many rounds, and how long.
+        device: where.
+
+    Returns:
+        `failure`, a short phrase; or `seconds`, of both steps by name, `ratio`, the spread of their quotients, and
+        `warnings`.
+    """
+    try:
+        return in_own_process(_adaptive_times, workload, effort, device, limit=effort.limit, device=device)
+    except FailedError as error:
+        return {"failure": str(error)}
+
+
+def _adaptive_times(workload: Workload, effort: Effort, device: str) -> Point:
+    task, optimizer = workload.task(device), pegrad.optim.sgd(LEARNING_RATE)
+    adaptive = pegrad.Adaptive(CLIP_NORM, count_noise_multiplier=COUNT_NOISE_MULTIPLIER)
+    steps = {name: _step(task, optimizer, clip) for name, clip in {"flat": CLIP_NORM, "adaptive": adaptive}.items()}
+    key = pegrad.random.key(0)
+    runs = {name: partial(step, task.params, step.init(task.params, key), task.batch) for name, step in steps.items()}
+    times = interleaved(runs, effort.rounds, device)
+    ratio = spread(own / base for own, base in zip(times["adaptive"], times["flat"], strict=True))
+    return {"seconds": {name: median(own) for name, own in times.items()}, "ratio": ratio}
 
 
 def _times(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
@@ -96,13 +126,7 @@ def _ordinary_step(task: Task, make: Callable[..., torch.optim.Optimizer]) -> di
 
 def _private_step(task: Task, optimizer: Any) -> dict[str, Callable[[], Any]]:
     """The step of `pegrad.dp_sgd`, and the two parts of it that come after the clipped gradient."""
-    step = pegrad.dp_sgd(
-        task.loss,
-        optimizer,
-        clip_norm=CLIP_NORM,
-        noise_multiplier=NOISE_MULTIPLIER,
-        expected_batch_size=len(task.batch[0]),
-    )
+    step = _step(task, optimizer, CLIP_NORM)
     key = pegrad.random.key(0)
     state = step.init(task.params, key)
     grads = step.clipped_grad(task.params, task.batch).grads
@@ -116,3 +140,13 @@ def _private_step(task: Task, optimizer: Any) -> dict[str, Callable[[], Any]]:
         "noise": partial(pegrad.add_noise, key, grads, NOISE_MULTIPLIER * step.clipped_grad.sensitivity, step=0),
         "private update": update,
     }
+
+
+def _step(task: Task, optimizer: Any, clip_norm: float | pegrad.Adaptive) -> pegrad.DPSGD:
+    return pegrad.dp_sgd(
+        task.loss,
+        optimizer,
+        clip_norm=clip_norm,
+        noise_multiplier=NOISE_MULTIPLIER,
+        expected_batch_size=len(task.batch[0]),
+    )

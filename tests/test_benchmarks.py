@@ -193,6 +193,7 @@ def test_every_clipping_is_measured_and_right(module, tmp_path) -> None:
         if contestant.family == "ours":
             assert points[f"gradient/tiny/{name}"]["difference"] < 1e-12
             assert points[f"memory/tiny/{name}"]["peak_bytes"] > 0
+    assert points["step/tiny/adaptive"]["ratio"]["median"] > 0
     assert (tmp_path / "clipping_smoke_cpu.png").stat().st_size > 10_000
 
 
@@ -203,7 +204,9 @@ def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) ->
     assert capsys.readouterr().out.count("longer than 0.01 s") == 3
 
 
-@pytest.mark.parametrize("experiment", ["quick", "gradcheck", "nanobatch", "operations", "overhead", "mnist"])
+@pytest.mark.parametrize(
+    "experiment", ["quick", "gradcheck", "nanobatch", "operations", "overhead", "mnist", "accuracy"]
+)
 def test_small_experiments_run_through_and_resume(module, experiment, tmp_path, capsys) -> None:
     """Catches: an experiment that has no longer what it measures, or measures again what it has."""
     arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
@@ -214,6 +217,42 @@ def test_small_experiments_run_through_and_resume(module, experiment, tmp_path, 
     assert (tmp_path / f"{experiment}_smoke_cpu.json").read_text() == found
     assert capsys.readouterr().out == shown
     assert json.loads(found)["points"]
+
+
+def test_a_streamed_batch_is_the_whole_batch(module) -> None:
+    """Catches: ways of one name that compute other sums, examples left out or drawn twice, a stream of other sizes."""
+    nanobatch = module("nanobatch")
+    task = module("workloads").SCALES["smoke"]["tiny"].task("cpu")
+    assert [len(labels) for _, labels in nanobatch.stream(task, 10, 4)] == [4, 4, 2]
+    whole, *others = (pegrad.trees.leaves(way(task, 10, 4)) for way in nanobatch.WAYS.values())
+    for other in others:
+        torch.testing.assert_close(other, whole)
+
+
+def test_copies_of_an_image_are_shifts_of_it(module) -> None:
+    """Catches: a first copy that is moved, a shift that is too long or never taken, rows and columns exchanged."""
+    accuracy = module("accuracy")
+    images = torch.randn(40, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    copies = accuracy.shifted(pegrad.random.key(0), images, 9, 2, -1.0)
+    assert copies.shape == (40, 9, 2, 6, 5)
+    assert torch.equal(copies[:, 0], images)
+    padded, seen = F.pad(images, (2, 2, 2, 2), value=-1.0), set()
+    for image, own in zip(padded, copies[:, 1:], strict=True):
+        for copy in own:
+            found = [(y, x) for y in range(5) for x in range(5) if torch.equal(copy, image[:, y : y + 6, x : x + 5])]
+            assert len(found) == 1
+            seen.update(found)
+    assert len(seen) == 25
+
+
+def test_copies_of_an_image_are_one_example(module) -> None:
+    """Catches: a sum over the copies, which makes K equal images K times as long a gradient."""
+    accuracy = module("accuracy")
+    model = models.mnist_cnn(image_size=8)
+    params, image = model.init(pegrad.random.key(0)), torch.rand(1, 1, 1, 8, 8)
+    norm = pegrad.per_example_norm(accuracy.mean_cross_entropy(model))
+    one, four = (norm(params, (image.expand(1, k, 1, 8, 8), torch.tensor([3]))) for k in (1, 4))
+    torch.testing.assert_close(one, four)
 
 
 def test_gradcheck_finds_the_strategies_equal(module, tmp_path) -> None:
