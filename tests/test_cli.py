@@ -277,7 +277,7 @@ class Code:
 
 def test_a_file_that_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, capsys):
     """Catches: code in a file that is run; a traceback."""
-    resume = ("train", *TINY, "--out", str(tmp_path), "--resume")
+    resume = ("train", *TINY, "--noise-multiplier", "0", "--out", str(tmp_path), "--resume")
     for content in (Code(tmp_path / "ran"), {"settings": {}}):
         torch.save(content, tmp_path / checkpoints.NAME)
         assert "checkpoint" in failed(capsys, *resume)
