@@ -1,20 +1,27 @@
 """The command line from end to end: what it prints, what it writes, and what it says when it cannot."""
 
 import gzip
+import io
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
 import pegrad
+from pegrad import random, trees
 from pegrad.__main__ import main
+from pegrad.cli import checkpoints
+from pegrad.cli import train as command
 from pegrad.cli.arguments import parse
 from pegrad.cli.networks import build
 from pegrad.papers.comparison import BASELINE
+from pegrad.papers.training import CLIPPINGS, Progress
 from pegrad.rules.conv import KERNELS
 from pegrad.strategies import STRATEGIES
 
@@ -115,11 +122,178 @@ def test_without_out_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", CLIPPINGS)
+def test_every_clipping_trains_and_is_written_down(name, tmp_path, no_timings, capsys):
+    """Catches: an option that is ignored; a clipping that is no JSON; adaptive bounds that stand still."""
+    report = train(tmp_path, "--clipping", name, "--clip-norm", "0.7", "--noise-multiplier", "0")
+    numbers = {
+        "flat": {"name": "Flat", "clip_norm": 0.7},
+        "per_layer": {"name": "PerLayer", "clip_norm": 0.7},
+        "automatic": {"name": "Automatic", "clip_norm": 0.7, "gamma": 0.01},
+        "adaptive": {
+            "name": "Adaptive",
+            "clip_norm": 0.7,
+            "count_noise_multiplier": 3.2,
+            "quantile": 0.5,
+            "learning_rate": 0.2,
+        },
+    }
+    assert report["privacy"]["clipping"] == numbers[name]
+    assert f"{numbers[name]['name']} clip norm 0.7" in " ".join(capsys.readouterr().out.split())
+    assert len({point["clip_norm"] for point in report["history"]}) == (3 if name == "adaptive" else 1)
+
+
+# Eight steps, kept after 3 and 6, which are epochs, and after 4 and 8, where they are evaluated.
+LONGER = ("--batch-size", "512", "--epochs", "2.5", "--seed", "4")
+
+
+@pytest.fixture
+def no_timings(monkeypatch):
+    """Leave out the comparison of the strategies, which is most of a small run's time."""
+    monkeypatch.setattr(command, "_time_strategies", lambda *_: [])
+    monkeypatch.setattr(command, "timings", lambda *_: "")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Let a run be cut off before it evaluates the step `seen["cut"]`, and keep every step that it evaluates."""
+    steps = {"cut": None}
+    evaluate = command.evaluate
+
+    def watched(plan, dataset, taken):
+        if taken.state.step == steps["cut"]:
+            raise KeyboardInterrupt
+        steps[taken.state.step] = taken
+        return evaluate(plan, dataset, taken)
+
+    monkeypatch.setattr(command, "evaluate", watched)
+    monkeypatch.setattr(command, "_EVALUATIONS", 2)
+    return steps
+
+
+def cut_off(seen: dict, folder: Path, *options: str) -> None:
+    seen["cut"] = 4
+    with pytest.raises(KeyboardInterrupt):
+        main(["train", *LONGER, *options, "--out", str(folder)])
+    seen["cut"] = None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--clipping", "adaptive", "--noise-multiplier", "1"),
+        ("--clipping", "per_layer", "--noise-multiplier", "0", "--microbatch-size", "100"),
+        ("--no-dp",),
+    ],
+)
+def test_a_run_that_was_cut_off_goes_on(options, tmp_path, no_timings, seen, capsys):
+    """Catches: other bits than those of the whole run, epsilon of the second part alone, a history with a gap."""
+    whole = train(tmp_path / "whole", *LONGER, *options)
+    last = seen[8]
+    cut_off(seen, tmp_path / "cut", *options)
+    for step in [step for step in seen if step != "cut"]:
+        del seen[step]
+    capsys.readouterr()
+    rest = train(tmp_path / "cut", *LONGER[:-2], *options, "--resume")
+    assert "goes on after step 3" in " ".join(capsys.readouterr().out.split())
+    assert sorted(step for step in seen if step != "cut") == [4, 8]
+    for ours, theirs in zip(trees.leaves(seen[8].params), trees.leaves(last.params), strict=True):
+        assert torch.equal(ours, theirs)
+    assert seen[8].state.ledger == last.state.ledger
+    assert rest["history"] == whole["history"]
+    assert rest["privacy"] == whole["privacy"]
+    assert rest["seeded"] is True
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["metrics.json", "training.png"]
+
+
+def test_a_run_goes_on_as_it_was_started_or_not_at_all(tmp_path, no_timings, seen, capsys):
+    """Catches: settings of another run under this one's epsilon; a run in another's place, unpaid for."""
+    folder = tmp_path / "run"
+    cut_off(seen, folder, "--noise-multiplier", "0")
+    capsys.readouterr()
+    same = ("train", *LONGER, "--noise-multiplier", "0", "--out", str(folder))
+    assert "cut off" in failed(capsys, *same)
+    assert "with this seed" in failed(capsys, *same, "--seed", "5", "--resume")
+    assert "lr 0.005, not 0.1" in failed(capsys, *same, "--lr", "0.1", "--resume")
+    assert "noise_multiplier 0.0, not 2.0" in failed(capsys, *same, "--noise-multiplier", "2", "--resume")
+    assert "'PerLayer'" in failed(capsys, *same, "--clipping", "per_layer", "--resume")
+    assert "dp True, not False" in failed(capsys, "train", *LONGER, "--no-dp", "--out", str(folder), "--resume")
+    assert "steps 8, not 9" in failed(capsys, *same, "--epochs", "3", "--resume")
+    assert stat.S_IMODE((folder / checkpoints.NAME).stat().st_mode) == 0o600
+    assert main([*same, "--resume"]) == 0
+    capsys.readouterr()
+    assert "no run to go on with" in failed(capsys, *same, "--resume")
+
+
+def test_a_run_without_a_seed_goes_on_by_its_own_key(tmp_path, no_timings, seen, capsys):
+    """Catches: a new key for the second half."""
+    options = ("--batch-size", "512", "--epochs", "2.5", "--noise-multiplier", "0")
+    seen["cut"] = 4
+    with pytest.raises(KeyboardInterrupt):
+        main(["train", *options, "--out", str(tmp_path)])
+    assert "secret" in capsys.readouterr().out
+    key = torch.load(tmp_path / checkpoints.NAME, weights_only=True).progress.state.key
+    seen["cut"] = None
+    assert train(tmp_path, *options, "--resume")["seeded"] is False
+    assert not (tmp_path / checkpoints.NAME).exists()
+    assert torch.equal(key, seen[8].state.key)
+
+
+def checkpoint(seconds: float) -> checkpoints.Checkpoint:
+    state = pegrad.State(random.key(0), 1, ())
+    return checkpoints.Checkpoint({"lr": 1.0}, False, Progress({}, state, random.key(1)), [], [], [], seconds)
+
+
+@pytest.mark.parametrize("part", ["save", "fsync"])
+def test_a_checkpoint_is_whole_whenever_writing_is_cut_off(part, tmp_path, monkeypatch):
+    """Catches: a file that is written over in its place."""
+
+    def cut(value, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    checkpoints.save(tmp_path, checkpoint(1.0))
+    with monkeypatch.context() as patch:
+        if part == "save":
+            patch.setattr(torch, "save", cut)
+        else:
+            patch.setattr(os, "fsync", lambda _: cut(None, io.BytesIO()))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(tmp_path, checkpoint(2.0))
+    assert checkpoints.load(tmp_path, {"lr": 1.0}).seconds == 1
+    checkpoints.save(tmp_path, checkpoint(3.0))
+    assert checkpoints.load(tmp_path, {"lr": 1.0}).seconds == 3
+    checkpoints.discard(tmp_path)
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+class Code:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, capsys):
+    """Catches: code in a file that is run; a traceback."""
+    resume = ("train", *TINY, "--noise-multiplier", "0", "--out", str(tmp_path), "--resume")
+    for content in (Code(tmp_path / "ran"), {"settings": {}}):
+        torch.save(content, tmp_path / checkpoints.NAME)
+        assert "checkpoint" in failed(capsys, *resume)
+    (tmp_path / checkpoints.NAME).write_bytes(b"half of one")
+    assert "cannot be read" in failed(capsys, *resume)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--epsilon", "1", "--noise-multiplier", "1"], "not allowed with argument"),
         (["--no-dp", "--clip-norm", "1"], "--clip-norm: not allowed with --no-dp"),
+        (["--no-dp", "--clipping", "flat"], "--clipping: not allowed with --no-dp"),
+        (["--clipping", "soft"], "invalid choice: 'soft'"),
+        (["--resume"], "--resume: needs --out"),
         (["--no-dp", "--noise-multiplier", "0"], "--noise-multiplier: not allowed with --no-dp"),
         (["--data-dir", "."], "--data-dir: not allowed with --data digits"),
         (["--data", "mnist"], "needs --data-dir, or PEGRAD_DATA"),

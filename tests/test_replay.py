@@ -358,3 +358,14 @@ def test_wrong_arguments_are_refused():
         auditing.replay(plain, *given, sensitivity=1.0)
     with pytest.raises(pegrad.ArgumentError, match="sensitivity"):
         auditing.replay(plain, *given, sensitivity=0.0)
+
+
+def test_an_adaptive_step_is_refused():
+    """Catches: a step said to hold although half of what it released was not looked at."""
+    clip_norm = pegrad.Adaptive(1.0, count_noise_multiplier=9.0)
+    step = pegrad.dp_sgd(
+        loss, auditing.recording(optim.sgd(LR)), clip_norm=clip_norm, noise_multiplier=1, expected_batch_size=1
+    )
+    state = step.init(PARAMS, random.key(0))
+    with pytest.raises(pegrad.ArgumentError, match="adaptive"):
+        auditing.replay(step, PARAMS, state, (OPPOSED, None), (OPPOSED[:3], None), sensitivity=1.0)

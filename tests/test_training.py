@@ -1,5 +1,6 @@
 """Plans, steps with privacy and without, and what an evaluation says."""
 
+import io
 import math
 from dataclasses import replace
 
@@ -15,15 +16,18 @@ from pegrad.papers import plots
 from pegrad.papers.data import Dataset
 from pegrad.papers.models import Model
 from pegrad.papers.training import (
+    CLIPPINGS,
     PRESETS,
     PlainSGD,
     Privacy,
     Settings,
     accuracy,
+    begin,
     cross_entropy,
     evaluate,
     make_plan,
     mean_grad,
+    remaining,
     steps,
 )
 from pegrad.sampling import PoissonSampler, ShuffledSampler
@@ -57,7 +61,7 @@ def test_a_private_plan_is_dp_sgd_on_poisson_batches():
 def test_a_budget_sets_the_noise_and_is_spent_by_the_last_step_only():
     """Catches: noise calibrated to another number of steps, delta or rate; epsilon of the whole run all along."""
     plan = make_plan(SETTINGS, Privacy(delta=1e-3, epsilon=4.0), DATA)
-    spent = [plan.epsilon(count) for count in (1, 2, plan.steps)]
+    spent = [plan.epsilon(taken.state) for taken in steps(plan, DATA, random.key(0))]
     assert spent == sorted(set(spent))
     assert 3.99 < spent[-1] <= 4.0
     event = accounting.dp_event(plan.noise_multiplier, PoissonSampler(30, 8 / 30), plan.steps)
@@ -68,7 +72,8 @@ def test_a_plain_plan_shuffles_and_has_no_epsilon():
     plan = make_plan(SETTINGS, None, DATA)
     assert isinstance(plan.step, PlainSGD)
     assert plan.sampler == ShuffledSampler(30, 8)
-    assert (plan.steps, plan.noise_multiplier, plan.epsilon(4)) == (4, None, None)
+    state = begin(plan, DATA, random.key(0)).state
+    assert (plan.steps, plan.noise_multiplier, plan.epsilon(state), plan.clip_norm(state)) == (4, None, None, None)
 
 
 @pytest.mark.parametrize(("epochs", "count"), [(1.0, 4), (0.01, 1), (2.0, 8), (2.6, 10)])
@@ -201,9 +206,13 @@ def test_noise_is_stated_once(numbers):
 def test_a_shuffled_plan_cannot_be_called_private():
     """Catches: an epsilon for batches that are not Poisson samples."""
     plan = make_plan(SETTINGS, PRIVACY, DATA)
-    shuffled = replace(plan, sampler=ShuffledSampler(30, 8))
     with pytest.raises(ArgumentError, match="Poisson"):
-        shuffled.epsilon(1)
+        replace(plan, sampler=ShuffledSampler(30, 8))
+    step = replace(plan.step, sampler=ShuffledSampler(30, 8))
+    shuffled = replace(plan, step=step, sampler=step.sampler)
+    *_, last = steps(shuffled, DATA, random.key(0))
+    with pytest.raises(ArgumentError, match="Shuffled"):
+        shuffled.epsilon(last.state)
 
 
 def test_the_learning_rate_reaches_the_optimizer():
@@ -227,3 +236,45 @@ def test_a_run_may_be_clipped_by_layers_and_drawn():
         assert step.metrics.whole_norms.shape == step.metrics.mask.shape
     history = [evaluate(plan, DATA, taken[-1])]
     plots.private_training(history, [step.metrics.whole_norms for step in taken], 0.5, "by layers")
+
+
+def clipped_by(name):
+    """Return how to train with a clipping of the command line; None: without privacy."""
+    if name is None:
+        return None
+    return replace(PRIVACY, noise_multiplier=0.5, clip_norm=CLIPPINGS[name](0.5, SETTINGS.batch_size))
+
+
+@pytest.mark.parametrize("name", [*CLIPPINGS, None])
+def test_the_rest_of_a_run_is_that_of_the_whole(name):
+    """Catches: steps replayed or left out, fresh noise for a batch drawn before, bounds or a ledger that begin anew."""
+    key, privacy = random.key(3), clipped_by(name)
+    plan = make_plan(SETTINGS, privacy, DATA)
+    whole = list(steps(plan, DATA, key))
+    for done in (1, 3, 4):
+        file = io.BytesIO()
+        past = begin(plan, DATA, key)._replace(params=whole[done - 1].params, state=whole[done - 1].state)
+        torch.save(past, file)
+        file.seek(0)
+        rest = list(remaining(make_plan(SETTINGS, privacy, DATA), DATA, torch.load(file, weights_only=True)))
+        assert len(rest) == plan.steps - done
+        for ours, theirs in zip(rest, whole[done:], strict=True):
+            torch.testing.assert_close(ours.params, theirs.params, rtol=0, atol=0)
+            assert torch.equal(ours.state.key, theirs.state.key)
+            torch.testing.assert_close(ours.state.optimizer, theirs.state.optimizer, rtol=0, atol=0)
+            assert (ours.state.step, ours.state.bounds) == (theirs.state.step, theirs.state.bounds)
+            assert ours.state.ledger == theirs.state.ledger
+            assert plan.epsilon(ours.state) == plan.epsilon(theirs.state)
+
+
+@pytest.mark.parametrize("name", CLIPPINGS)
+def test_every_clipping_costs_what_its_noise_does(name):
+    """Catches: counts that are not paid for, or paid for twice; a clip norm that is shown as it was at first."""
+    plan = make_plan(SETTINGS, clipped_by(name), DATA)
+    *_, last = steps(plan, DATA, random.key(3))
+    evaluation = evaluate(plan, DATA, last)
+    expected = accounting.epsilon(accounting.dp_event(0.5, PoissonSampler(30, 8 / 30), 4), PRIVACY.delta)
+    assert evaluation.epsilon == pytest.approx(expected, rel=1e-9)
+    assert (evaluation.clip_norm == 0.5) == (name != "adaptive")
+    if name == "adaptive":
+        assert (evaluation.clip_norm,) == last.state.bounds

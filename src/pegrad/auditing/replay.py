@@ -9,6 +9,7 @@ from torch import Tensor
 from pegrad import trees
 from pegrad._validate import check_positive
 from pegrad.auditing.canaries import Batch, recorded
+from pegrad.errors import ArgumentError
 from pegrad.trees import PyTree
 
 # What the guarantee of `pegrad.ClippedGrad` leaves to rounding, relative to the sensitivity.
@@ -61,12 +62,18 @@ def replay(
         A `Replay`; ask it whether the guarantee `holds`. It is one observation: try the worst batches you can think of.
 
     Raises:
-        ArgumentError: `sensitivity` is not above zero, or the step does not record.
+        ArgumentError: `sensitivity` is not above zero, the step does not record, or its clipping is adaptive: the
+            counts that it releases beside the gradients are not looked at.
         LeafError, LossError: as `step`.
 
     Source: record and replay of mechanisms, arXiv 2602.17454.
     """
     check_positive("sensitivity", sensitivity)
+    if getattr(state, "bounds", ()):
+        raise ArgumentError(
+            "Expected a step with a fixed clip norm, got one of adaptive clipping: replay compares gradients, and "
+            "would not see what the counts tell, which are released beside them"
+        )
     states = [step(params, state, *given)[1] for given in (batch, batch, neighbour)]
     first, again, other = (trees.leaves(recorded(after)) for after in states)
     differences = [a.double() - b.double() for a, b in zip(first, other, strict=True)]

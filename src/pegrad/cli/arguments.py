@@ -12,16 +12,20 @@ import torch
 
 from pegrad.papers.comparison import QUESTIONS
 from pegrad.papers.models import MODELS
-from pegrad.papers.training import PRESETS
+from pegrad.papers.training import CLIPPINGS, PRESETS
 from pegrad.strategies import STRATEGIES
 
-_ONLY_WITH_DP = ("strategy", "noise_multiplier", "epsilon", "delta", "clip_norm", "microbatch_size")
+_ONLY_WITH_DP = ("strategy", "noise_multiplier", "epsilon", "delta", "clipping", "clip_norm", "microbatch_size")
 
 _TRAIN = """Train the MNIST network of Rochette et al. 2019, with DP-SGD or without, and time the strategies on it.
 
 The parameters that come out are (epsilon, delta)-private as stated. Losses and gradient norms, on the screen, in
 metrics.json and in training.png, are those of single training examples and NOT private: they are for the
-experimenter's eyes. Nor does epsilon cover a choice of options made by looking at the results."""
+experimenter's eyes. Nor does epsilon cover a choice of options made by looking at the results.
+
+After every epoch, and a tenth of the run if that is less, what it needs to go on is kept in checkpoint.pt in --out: if
+it is cut off, give the same options and --resume. The file holds the run's key, so it must stay secret; it is removed
+when the run is over."""
 
 _COMPARE = """Time the strategies in turns with the gradient of the mean loss, the one that training without privacy
 needs, on random images; and tell how far each answer is from that of vmap."""
@@ -100,6 +104,7 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     noise.add_argument("--noise-multiplier", type=_not_negative, metavar="SIGMA", help="noise std / sensitivity")
     noise.add_argument("--epsilon", type=_positive, metavar="EPS", help="budget that the noise is calibrated to")
     parser.add_argument("--delta", type=_probability, help="delta of the guarantee")
+    parser.add_argument("--clipping", choices=[*CLIPPINGS], help="how gradients are clipped (default: flat)")
     parser.add_argument("--clip-norm", type=_positive, metavar="C", help="bound on each example's gradient norm")
     parser.add_argument("--microbatch-size", type=_count, metavar="M", help="examples at a time (default: all)")
     parser.add_argument("--batch-size", type=_count, metavar="B", help="examples in a batch, on average with DP-SGD")
@@ -107,6 +112,7 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=_positive, help="Adam's learning rate")
     parser.add_argument("--seed", type=_natural, help="repeat an experiment; not private (default: OS entropy)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write metrics.json and training.png")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that was cut off in --out")
     _add_device(parser)
     parser.epilog = "Defaults: " + "; ".join(f"{name}: {_preset(name)}" for name in PRESETS) + "."
     return parser
@@ -206,6 +212,8 @@ def _check_train(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         if "PEGRAD_DATA" not in os.environ:
             parser.error("argument --data mnist: needs --data-dir, or PEGRAD_DATA in the environment")
         options.data_dir = Path(os.environ["PEGRAD_DATA"]) / "mnist"
+    if options.resume and options.out is None:
+        parser.error("argument --resume: needs --out, the folder of the run that was cut off")
     given = [name for name in _ONLY_WITH_DP if getattr(options, name) is not None]
     if given and not options.dp:
         parser.error(f"argument --{given[0].replace('_', '-')}: not allowed with --no-dp")

@@ -2,9 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from math import ceil, isfinite
 from pathlib import Path
 from time import perf_counter
@@ -18,20 +19,26 @@ from tqdm import tqdm
 
 import pegrad
 from pegrad import random, trees
+from pegrad.adaptive import Adaptive
+from pegrad.cli import checkpoints
+from pegrad.cli.checkpoints import Checkpoint
 from pegrad.cli.tables import timings
 from pegrad.clipping import as_clipping
+from pegrad.errors import ArgumentError
 from pegrad.papers import comparison, data, plots
 from pegrad.papers.data import Dataset
 from pegrad.papers.training import (
+    CLIPPINGS,
     PRESETS,
     Evaluation,
     Plan,
     Privacy,
     Settings,
+    begin,
     cross_entropy,
     evaluate,
     make_plan,
-    steps,
+    remaining,
 )
 from pegrad.trees import PyTree
 
@@ -42,19 +49,6 @@ _NOT_PRIVATE = (
     "Nor does epsilon cover a choice of settings made by looking at results."
 )
 _SEEDED = "Whoever knows or guesses the seed can subtract the noise: this run is not private."
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run leaves behind."""
-
-    params: PyTree
-    history: list[Evaluation]
-    losses: list[float]
-    """Each step's mean loss."""
-    norms: list[Tensor]
-    """Each step's gradient norms `(B,)`; `(0,)` without privacy."""
-    seconds: float
 
 
 def run(options: argparse.Namespace) -> None:
@@ -70,16 +64,19 @@ def run(options: argparse.Namespace) -> None:
     settings, privacy = _settings(options)
     plan = make_plan(settings, privacy, dataset)
     title = _title(plan, settings, privacy, dataset)
+    start = _start(options, settings, privacy, plan, dataset)
     console.print(title)
-    console.print(_source_of_randomness(options.seed))
-    outcome = _watch(plan, dataset, random.key(options.seed))
+    console.print(_source_of_randomness(options, start))
+    keep = partial(checkpoints.save, options.out) if options.out is not None else _keep_nothing
+    outcome = _watch(plan, dataset, start, keep)
     console.print(_result(outcome, privacy))
-    rows = _time_strategies(plan, dataset, outcome.params, settings.batch_size)
+    rows = _time_strategies(plan, dataset, outcome.progress.params, settings.batch_size)
     console.print(timings(f"clipped gradients of {settings.batch_size} examples, by strategy", rows))
     if options.out is not None:
         report = _report(options, settings, privacy, plan, outcome) | {"timings": [row._asdict() for row in rows]}
-        for path in _write(options.out, report, _picture(outcome, privacy, title)):
+        for path in _write(options.out, report, _picture(outcome, title)):
             console.print(f"wrote {path}")
+        checkpoints.discard(options.out)
 
 
 def _load(options: argparse.Namespace) -> Dataset:
@@ -102,7 +99,11 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, Privacy | None]:
     changes = _given(options, Privacy)
     if not changes.keys().isdisjoint({"epsilon", "noise_multiplier"}):
         changes = {"epsilon": None, "noise_multiplier": None} | changes
-    return settings, replace(privacy, **changes)
+    privacy = replace(privacy, **changes)
+    if options.clipping is not None:
+        assert isinstance(privacy.clip_norm, float), "presets and --clip-norm give a number"
+        privacy = replace(privacy, clip_norm=CLIPPINGS[options.clipping](privacy.clip_norm, settings.batch_size))
+    return settings, privacy
 
 
 def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -110,23 +111,58 @@ def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _watch(plan: Plan, dataset: Dataset, key: Tensor) -> Outcome:
-    """Train under a progress bar, evaluating now and then."""
-    history: list[Evaluation] = []
-    losses: list[float] = []
-    norms: list[Tensor] = []
+def _start(
+    options: argparse.Namespace, settings: Settings, privacy: Privacy | None, plan: Plan, dataset: Dataset
+) -> Checkpoint:
+    """Begin a run, or take up the one that was cut off.
+
+    Raises:
+        ArgumentError: what is asked for is not in the folder, or what is there was not asked for.
+        DataFileError: see `checkpoints.load`.
+    """
+    facts = _facts(options, settings, privacy, plan, dataset)
+    begun = begin(plan, dataset, random.key(options.seed))
+    if not options.resume:
+        if options.out is not None:
+            checkpoints.refuse_to_overwrite(options.out)
+        return Checkpoint(facts, options.seed is not None, begun, [], [], [], 0.0)
+    past = checkpoints.load(options.out, facts)
+    if options.seed is not None and not torch.equal(begun.sampler_key, past.progress.sampler_key):
+        raise ArgumentError(
+            f"The run in {options.out} was not started with this seed; leave out --seed to go on with it"
+        )
+    return past
+
+
+def _watch(plan: Plan, dataset: Dataset, past: Checkpoint, keep: Callable[[Checkpoint], None]) -> Checkpoint:
+    """Train under a progress bar, evaluating and keeping the run now and then."""
+    now = past
+    history, losses, norms = [*past.history], [*past.losses], [*past.norms]
     shown: dict[str, str] = {}
     every = ceil(plan.steps / _EVALUATIONS)
-    start = perf_counter()
-    with tqdm(steps(plan, dataset, key), total=plan.steps, desc="training", unit="step") as bar:
+    epoch = ceil(len(dataset.train_labels) / past.settings["batch_size"])
+    start = perf_counter() - past.seconds
+    left = remaining(plan, dataset, past.progress)
+    with tqdm(left, total=plan.steps, initial=past.progress.state.step, desc="training", unit="step") as bar:
         for taken in bar:
+            count = taken.state.step
             losses.append(taken.metrics.mean_loss.item())
             norms.append(taken.metrics.whole_norms.cpu())
-            if taken.state.step % every == 0 or taken.state.step == plan.steps:
+            if evaluated := count % every == 0 or count == plan.steps:
                 history.append(evaluate(plan, dataset, taken))
                 shown = _shown(history[-1])
+            if evaluated or count % epoch == 0:
+                progress = past.progress._replace(params=taken.params, state=taken.state)
+                now = Checkpoint(
+                    past.settings, past.seeded, progress, [*history], [*losses], [*norms], perf_counter() - start
+                )
+                keep(now)
             bar.set_postfix({"loss": f"{losses[-1]:.3f}", **shown}, refresh=False)
-    return Outcome(taken.params, history, losses, norms, perf_counter() - start)
+    return now  # the last step is always kept
+
+
+def _keep_nothing(checkpoint: Checkpoint) -> None:
+    """Keep a run that has no folder."""
 
 
 def _time_strategies(plan: Plan, dataset: Dataset, params: PyTree, batch_size: int) -> list[comparison.Row]:
@@ -143,49 +179,84 @@ def _title(plan: Plan, settings: Settings, privacy: Privacy | None, dataset: Dat
     how = f"batches of {settings.batch_size}, {plan.steps} steps, Adam at {settings.lr:g}"
     if privacy is None:
         return f"{dataset.name}, without privacy: {how}"
+    clipping = _clipping(privacy)
     return (
-        f"{dataset.name}, DP-SGD: Poisson {how}, clip norm {as_clipping(privacy.clip_norm).sensitivity:g}, "
+        f"{dataset.name}, DP-SGD: Poisson {how}, {clipping['name']} clip norm {clipping['clip_norm']:g}, "
         f"noise multiplier {plan.noise_multiplier:.3g}"
     )
 
 
-def _source_of_randomness(seed: int | None) -> str:
-    if seed is None:
+def _source_of_randomness(options: argparse.Namespace, start: Checkpoint) -> str:
+    if options.resume:
+        source = f"key: that of the run in {options.out}, which goes on after step {start.progress.state.step}."
+        return f"{source} {_SEEDED}" if start.seeded else source
+    if options.seed is not None:
+        return f"key: from seed {options.seed}, to repeat an experiment. {_SEEDED}"
+    if options.out is None:
         return "key: from the operating system's entropy, not kept"
-    return f"key: from seed {seed}, to repeat an experiment. {_SEEDED}"
+    return f"key: from the operating system's entropy, kept in {checkpoints.NAME} until the run is over: a secret"
 
 
-def _result(outcome: Outcome, privacy: Privacy | None) -> str:
+def _result(outcome: Checkpoint, privacy: Privacy | None) -> str:
     last = outcome.history[-1]
     price = "" if privacy is None else f" at ε = {last.epsilon:.2f}, δ = {privacy.delta:g}"
     return f"test accuracy {last.test_accuracy:.2%}{price}, after {outcome.seconds:.1f} s"
 
 
-def _picture(outcome: Outcome, privacy: Privacy | None, title: str) -> Figure:
-    if privacy is None:
+def _picture(outcome: Checkpoint, title: str) -> Figure:
+    clip_norm = outcome.history[-1].clip_norm
+    if clip_norm is None:
         return plots.plain_training(outcome.history, outcome.losses, title)
-    return plots.private_training(outcome.history, outcome.norms, as_clipping(privacy.clip_norm).sensitivity, title)
+    return plots.private_training(outcome.history, outcome.norms, clip_norm, title)
+
+
+def _facts(
+    options: argparse.Namespace, settings: Settings, privacy: Privacy | None, plan: Plan, dataset: Dataset
+) -> dict[str, Any]:
+    """Gather what determines a run beside its key, by name: a run that goes on must have all of it alike."""
+    where = {"data": options.data, "examples": len(dataset.train_labels), "device": str(options.device)}
+    return {**where, "dp": privacy is not None, **_training(settings, plan), **(_privacy(privacy, plan) or {})}
+
+
+def _training(settings: Settings, plan: Plan) -> dict[str, Any]:
+    return {**asdict(settings), "steps": plan.steps}
+
+
+def _privacy(privacy: Privacy | None, plan: Plan) -> dict[str, Any] | None:
+    if privacy is None:
+        return None
+    numbers = {field.name: getattr(privacy, field.name) for field in fields(privacy) if field.name != "clip_norm"}
+    return {**numbers, "noise_multiplier": plan.noise_multiplier, "clipping": _clipping(privacy)}
+
+
+def _clipping(privacy: Privacy) -> dict[str, str | float]:
+    """Describe a clipping by its name and its numbers."""
+    clip_norm = privacy.clip_norm
+    clipping = clip_norm if isinstance(clip_norm, Adaptive) else as_clipping(clip_norm)
+    numbers = {name: value for name, value in vars(clipping).items() if isinstance(value, int | float)}
+    return {"name": type(clipping).__name__, **numbers}
 
 
 def _report(
-    options: argparse.Namespace, settings: Settings, privacy: Privacy | None, plan: Plan, outcome: Outcome
+    options: argparse.Namespace, settings: Settings, privacy: Privacy | None, plan: Plan, outcome: Checkpoint
 ) -> dict[str, Any]:
     """Gather what `metrics.json` tells, but for the timings of the strategies."""
+    spent = _privacy(privacy, plan)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "pegrad": pegrad.__version__,
         "machine": {**comparison.machine(), "device": str(options.device)},
-        "not_private": _NOT_PRIVATE if options.seed is None else f"{_NOT_PRIVATE} {_SEEDED}",
+        "not_private": f"{_NOT_PRIVATE} {_SEEDED}" if outcome.seeded else _NOT_PRIVATE,
         "data": options.data,
-        "seeded": options.seed is not None,
-        "settings": {**asdict(settings), "steps": plan.steps},
-        "privacy": privacy and {**asdict(privacy), "noise_multiplier": plan.noise_multiplier, "accountant": "pld"},
+        "seeded": outcome.seeded,
+        "settings": _training(settings, plan),
+        "privacy": spent and {**spent, "accountant": "pld"},
         "seconds": outcome.seconds,
         "history": _history(outcome),
     }
 
 
-def _history(outcome: Outcome) -> list[dict[str, Any]]:
+def _history(outcome: Checkpoint) -> list[dict[str, Any]]:
     """Join each evaluation with what the steps since the one before it saw."""
     records = []
     start = 0

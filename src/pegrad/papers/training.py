@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad import accounting, optim, random, trees
-from pegrad.clipping import Clipping
+from pegrad.adaptive import Adaptive
+from pegrad.clipping import Automatic, Clipping, PerLayer
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step, dp_sgd
 from pegrad.errors import ArgumentError
 from pegrad.papers import models
@@ -58,7 +59,7 @@ class Privacy:
         delta: δ in (0, 1).
         noise_multiplier: σ >= 0, the noise's standard deviation over the sensitivity.
         epsilon: ε > 0, the budget that the whole run spends; the noise follows from it.
-        clip_norm: see `pegrad.clipped_grad`. With clipping groups, norms are shown over all leaves together.
+        clip_norm: see `pegrad.dp_sgd`. With clipping groups, norms are shown over all leaves together.
         strategy: see `pegrad.per_example_grad`.
         microbatch_size: see `pegrad.clipped_grad`.
 
@@ -69,7 +70,7 @@ class Privacy:
     delta: float
     noise_multiplier: float | None = None
     epsilon: float | None = None
-    clip_norm: float | Clipping = 1.0
+    clip_norm: float | Clipping | Adaptive = 1.0
     strategy: str = "auto"
     microbatch_size: int | None = None
 
@@ -85,6 +86,15 @@ class Privacy:
 PRESETS: dict[str, tuple[Settings, Privacy]] = {
     "digits": (Settings(batch_size=256, epochs=70, lr=5e-3), Privacy(delta=1e-4, epsilon=8.0)),
     "mnist": (Settings(batch_size=64, epochs=1, lr=1e-3), Privacy(delta=1e-5, noise_multiplier=1.1)),
+}
+
+
+# By name: from a clip norm and the expected batch size. The counts' noise is the choice of Andrew et al. 2021.
+CLIPPINGS: dict[str, Callable[[float, float], float | Clipping | Adaptive]] = {
+    "flat": lambda clip_norm, _: clip_norm,
+    "per_layer": lambda clip_norm, _: PerLayer(clip_norm),
+    "automatic": lambda clip_norm, _: Automatic(clip_norm),
+    "adaptive": lambda clip_norm, batch_size: Adaptive(clip_norm, count_noise_multiplier=batch_size / 10),
 }
 
 
@@ -111,7 +121,11 @@ class PlainSGD:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training run before its first step. Made by `make_plan`."""
+    """What a training run is to do. Made by `make_plan`.
+
+    Raises:
+        ArgumentError: a private step was told of another sampler than the one that draws its batches.
+    """
 
     model: Model
     step: DPSGD | PlainSGD
@@ -119,16 +133,37 @@ class Plan:
     steps: int
     delta: float | None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.step, DPSGD) and self.step.sampler != self.sampler:
+            raise ArgumentError(
+                "Expected the step's sampler, which its ledger charges for, to be the plan's, which draws the batches, "
+                f"{self.sampler}, got {self.step.sampler}"
+            )
+
     @property
     def noise_multiplier(self) -> float | None:
         """σ; None without privacy."""
         return self.step.noise_multiplier if isinstance(self.step, DPSGD) else None
 
-    def epsilon(self, steps: int) -> float | None:
-        """Compute what the first `steps` steps spend, by PLD accounting; None without privacy."""
-        if self.noise_multiplier is None or self.delta is None:
-            return None
-        return accounting.epsilon(accounting.dp_event(self.noise_multiplier, self.sampler, steps), self.delta)
+    def epsilon(self, state: State) -> float | None:
+        """Compute what the steps up to a state have spent, by the state's ledger and PLD; None without privacy."""
+        return None if self.delta is None else accounting.epsilon(state.ledger, self.delta)
+
+    def clip_norm(self, state: State) -> float | None:
+        """Return the bound on a clipped gradient in the step that follows a state; None without privacy."""
+        return self.step.clipped_at(state).clipping.sensitivity if isinstance(self.step, DPSGD) else None
+
+
+class Progress(NamedTuple):
+    """Where a run stands: what the rest of it follows from, beside its plan and its data.
+
+    It holds the run's keys, so it must stay secret. `torch.load` takes a saved one under its default settings.
+    """
+
+    params: PyTree
+    state: State
+    sampler_key: Tensor
+    """The key that the batches are drawn by."""
 
 
 class Evaluation(NamedTuple):
@@ -140,6 +175,11 @@ class Evaluation(NamedTuple):
     """Privacy spent so far, at the plan's δ; None without privacy."""
     test_accuracy: float
     """Share of the test set that is classified right."""
+    clip_norm: float | None
+    """The bound on a clipped gradient from here on; it moves where clipping is adaptive. None without privacy."""
+
+
+torch.serialization.add_safe_globals([Progress, Evaluation])  # for torch.load's default, weights_only=True
 
 
 def make_plan(settings: Settings, privacy: Privacy | None, dataset: Dataset) -> Plan:
@@ -179,6 +219,7 @@ def make_plan(settings: Settings, privacy: Privacy | None, dataset: Dataset) -> 
         expected_batch_size=poisson.expected_batch_size,
         strategy=privacy.strategy,
         microbatch_size=privacy.microbatch_size,
+        sampler=poisson,
     )
     return Plan(model, step, poisson, count, privacy.delta)
 
@@ -196,11 +237,34 @@ def steps(plan: Plan, dataset: Dataset, key: Tensor) -> Iterator[Step]:
         What each of the plan's steps returned. Only the parameters are private as the plan states; the metrics
         tell of single examples, and the state holds a key.
     """
+    yield from remaining(plan, dataset, begin(plan, dataset, key))
+
+
+def begin(plan: Plan, dataset: Dataset, key: Tensor) -> Progress:
+    """Return where a run stands before its first step: see `steps`."""
     init_key, sampler_key, state_key = random.split(key, 3)
     device = dataset.train_images.device
     params = trees.map(lambda leaf: leaf.to(device), plan.model.init(init_key))
-    state = plan.step.init(params, state_key)
-    for index in range(plan.steps):
+    return Progress(params, plan.step.init(params, state_key), sampler_key)
+
+
+def remaining(plan: Plan, dataset: Dataset, progress: Progress) -> Iterator[Step]:
+    """Take the steps that are left of a run, and none of those before.
+
+    Args:
+        plan: the run's plan.
+        dataset: what the plan was made for; training runs on its device.
+        progress: of `begin`; or after a step of the run, by what it returned and the same sampler's key.
+
+    Yields:
+        As `steps`.
+
+    Guarantee: these are the steps of the run that was never cut off, bit for bit: the same batches under the same
+    noise, so that a step which is taken once more releases nothing new. Bound to
+    `test_the_rest_of_a_run_is_that_of_the_whole`.
+    """
+    params, state, sampler_key = progress
+    for index in range(state.step, plan.steps):
         taken = plan.step(params, state, _batch(dataset, plan.sampler(sampler_key, index)))
         params, state, _ = taken
         yield taken
@@ -217,9 +281,9 @@ def evaluate(plan: Plan, dataset: Dataset, taken: Step) -> Evaluation:
     Returns:
         An `Evaluation`.
     """
-    count = taken.state.step
     hits = accuracy(plan.model, taken.params, dataset.test_images, dataset.test_labels)
-    return Evaluation(count, plan.epsilon(count), hits)
+    state = taken.state
+    return Evaluation(state.step, plan.epsilon(state), hits, plan.clip_norm(state))
 
 
 def accuracy(model: Model, params: PyTree, images: Tensor, labels: Tensor) -> float:
