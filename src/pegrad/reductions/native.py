@@ -84,7 +84,6 @@ class NativeSum:
         """Sum all rows but those left out, natively; None if the result cannot be trusted to its last places."""
         batch, site, positions = len(weights.values), part.site, part.positions
         step = min(batch, site.rows_at_a_time(positions), _ROWS)
-        several = part.g.shape[0] // batch
         native = site.summing(*part.shapes)
         assert native is not None
         bound = weights.bound / self.gain if self.gain else float("inf")
