@@ -621,6 +621,7 @@ def test_calibration_never_overshoots_and_is_tight(target, sampler, steps, accou
     assert epsilon(dp_event(sigma * (1 - 2e-4), sampler, steps), 1e-5, accountant) > target
 
 
+@pytest.mark.slow
 def test_calibration_at_the_ends_of_its_range():
     """Catches a search without end where any noise is enough, and where none is."""
     assert noise_multiplier_for(1.0, 0.5, PoissonSampler(1000, 0.001), 1) == 1 / 64

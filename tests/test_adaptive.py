@@ -196,7 +196,7 @@ def test_the_bound_stays_where_gradients_can_be_measured(far):
         assert 1e-9 <= bound <= 1e9
 
 
-@pytest.mark.parametrize("sampling_rate", [0.02, 1.0])
+@pytest.mark.parametrize("sampling_rate", [pytest.param(0.02, marks=pytest.mark.slow), 1.0])
 def test_adaptive_steps_cost_what_dp_accounting_composes(sampling_rate):
     """Catches: counts that cost nothing, or that are accounted as of a batch of their own."""
     sampler = sampling.PoissonSampler(1000, sampling_rate)

@@ -205,7 +205,11 @@ def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) ->
 
 
 @pytest.mark.parametrize(
-    "experiment", ["quick", "gradcheck", "nanobatch", "operations", "overhead", "mnist", "accuracy"]
+    "experiment",
+    [
+        *("quick", "gradcheck", "nanobatch", "operations", "overhead"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mnist", "accuracy")),
+    ],
 )
 def test_small_experiments_run_through_and_resume(module, experiment, tmp_path, capsys) -> None:
     """Catches: an experiment that has no longer what it measures, or measures again what it has."""
@@ -263,6 +267,7 @@ def test_gradcheck_finds_the_strategies_equal(module, tmp_path) -> None:
     assert all(found["float64"] < 1e-12 and found["float32"] < 1e-4 for found in point["differences"].values())
 
 
+@pytest.mark.slow
 def test_figures_are_drawn(module, tmp_path) -> None:
     """Catches: a panel without points, or a picture that is not written."""
     module("figures").main(
@@ -275,6 +280,7 @@ def test_figures_are_drawn(module, tmp_path) -> None:
     assert (tmp_path / "figure2_smoke_cpu.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_mixed_ghost_finds_the_kernels_and_the_largest_batches(module, tmp_path) -> None:
     """Catches: a choice that is not what its name says, a wrong clipped sum, a batch that does not fit."""
     experiment = module("mixed_ghost")

@@ -418,6 +418,7 @@ def test_epsilon_is_the_accountants(capsys):
     assert shown(capsys) == table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ROWS)
 def test_calibrate_finds_what_is_left_out(missing, capsys):
     """Catches: a number that overspends as it is shown, or leaves much of the budget."""
@@ -500,6 +501,7 @@ def test_mnist_shaped_files_train(tmp_path):
 
 
 @pytest.mark.skipif("PEGRAD_DATA" not in os.environ, reason="needs MNIST's files in $PEGRAD_DATA/mnist")
+@pytest.mark.slow
 def test_real_mnist_takes_a_few_steps(tmp_path):
     """Catches: real files that do not load, and a learning rate or noise that lets nothing be learnt."""
     report = train(tmp_path, "--data", "mnist", "--epochs", "0.04", "--batch-size", "64", "--seed", "0")

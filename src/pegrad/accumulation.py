@@ -62,8 +62,8 @@ def nothing(params: PyTree) -> Sums:
     return Sums(trees.unflatten(spec, zeros), tuple(leaf.dtype for leaf in leaves), 0, 0)
 
 
-def extended(sums: Sums, leaves: Leaves, rows: int) -> Sums:
-    """Add the sum over some rows, and change nothing.
+def extended(sums: Sums, params: Leaves, leaves: Leaves, rows: int) -> Sums:
+    """Add the sum over some rows at these parameters, and change nothing.
 
     The first sum is taken as it is. Where rows or sums are many, additions are in float64: see `FLOAT32_ROWS`.
 
@@ -71,7 +71,7 @@ def extended(sums: Sums, leaves: Leaves, rows: int) -> Sums:
         LeafError: the sums are of other parameters.
     """
     before, spec = trees.flatten(sums.grads)
-    if [leaf.shape for leaf in before] != [leaf.shape for leaf in leaves]:
+    if [leaf.shape for leaf in before] != [leaf.shape for leaf in params]:
         raise LeafError(
             "sums are of other parameters: expected what init(params) or add(...) returned for these params"
         )

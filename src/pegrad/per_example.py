@@ -302,7 +302,7 @@ class ClippedGrad:
         norms = _norms(call, squares)
         non_finite = call.rows([~torch.isfinite(norms).all(1) for norms in squares]).sum()
         return Added(
-            extended(sums, parts.total(), call.size),
+            extended(sums, call.problem.params, parts.total(), call.size),
             call.losses(values),
             norms[0] if grouping.names is None else norms,
             call.aux(values),

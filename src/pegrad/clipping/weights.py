@@ -1,6 +1,7 @@
 """From the norms of a clipping group's gradients to their weights, and the bound that no weight can pass."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 import torch
@@ -99,8 +100,9 @@ class Weights:
                 f"norm, a tensor of shape {tuple(squares.shape)}"
             )
         values = values.to(squares.dtype)
-        most = weighting.bound / squares.clamp(min=weighting.floor**2).sqrt()
-        values = torch.where(values > most * _ROUNDING, most, values)
+        if weighting.bound < inf:
+            most = weighting.bound / squares.clamp(min=weighting.floor**2).sqrt()
+            values = torch.where(values > most * _ROUNDING, most, values)
         allowed = torch.isfinite(squares) & (values >= 0)
         values = values.masked_fill(~(allowed if mask is None else allowed & mask), 0)
         finite = not transformed() and bool(torch.isfinite(squares).all())
