@@ -12,7 +12,7 @@ demo: $(READY)
 
 test: $(READY) lint types
 	$(PYTEST)
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+	OMP_NUM_THREADS=1 $(PYTEST) --nbmake --nbmake-timeout=300 notebooks
 
 test-all: test
 	$(PYTEST) -m slow

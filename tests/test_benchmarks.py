@@ -182,6 +182,7 @@ def test_clipped_grad_runs_through_and_resumes(module, tmp_path, capsys) -> None
     assert (tmp_path / "table1_smoke_cpu.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_every_clipping_is_measured_and_right(module, tmp_path) -> None:
     """Catches: a clipping compared with another's answer, or with its own."""
     arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
@@ -207,8 +208,8 @@ def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) ->
 @pytest.mark.parametrize(
     "experiment",
     [
-        *("quick", "gradcheck", "nanobatch", "operations", "overhead"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mnist", "accuracy")),
+        *("quick", "gradcheck", "operations", "overhead"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("nanobatch", "mnist", "accuracy")),
     ],
 )
 def test_small_experiments_run_through_and_resume(module, experiment, tmp_path, capsys) -> None:

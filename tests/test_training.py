@@ -245,7 +245,10 @@ def clipped_by(name):
     return replace(PRIVACY, noise_multiplier=0.5, clip_norm=CLIPPINGS[name](0.5, SETTINGS.batch_size))
 
 
-@pytest.mark.parametrize("name", [*CLIPPINGS, None])
+_COSTLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("per_layer", "automatic")]
+
+
+@pytest.mark.parametrize("name", ["flat", "adaptive", None, *_COSTLY])
 def test_the_rest_of_a_run_is_that_of_the_whole(name):
     """Catches: steps replayed or left out, fresh noise for a batch drawn before, bounds or a ledger that begin anew."""
     key, privacy = random.key(3), clipped_by(name)
