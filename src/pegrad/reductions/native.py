@@ -89,7 +89,7 @@ class NativeSum:
         bound = weights.bound / self.gain if self.gain else float("inf")
         mistrusted = partial(rounding.mistrusted_sum, terms=step * positions, dtype=part.g.dtype, bound=bound)
         # No row of a leaf's only use is longer than the bound, and few rows cannot come to much: no need to look.
-        sole = len(self.errors) == 1 and self.gain == 1
+        sole = len(self.errors) == 1 and self.apart is None
         looks = not sole or mistrusted([step * bound] * -(-batch // step))
         total: Tensor | None = None
         largest: list[float] = []
