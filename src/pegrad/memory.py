@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def largest_microbatch(clipped: ClippedGrad, params: PyTree, batch: PyTree, *, m
     while 2 * size <= at_most and (size == 0 or _MARGIN * needed <= _free(device)):
         tried = 2 * size or 1
         try:
-            needed = peak(lambda tried=tried: add(tried), device)  # type: ignore[misc]
+            needed = peak(partial(add, tried), device)
         except Exception as error:
             if not out_of_memory(error):
                 raise

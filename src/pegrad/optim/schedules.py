@@ -44,14 +44,7 @@ def cosine_decay(peak: float, steps: int, final: float = 0.0) -> Schedule:
     >>> [round(cosine_decay(1.0, steps=2)(step), 3) for step in range(4)]
     [1.0, 0.5, 0.0, 0.0]
     """
-    checked_rate(peak, "peak")
-    checked_rate(final, "final")
-    expect(steps >= 1, "steps", steps, "at least 1")
-
-    def schedule(step: int) -> float:
-        return final + (peak - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
-
-    return schedule
+    return _fall(peak, steps, final, lambda passed: (1 + math.cos(math.pi * passed)) / 2)
 
 
 def linear_decay(peak: float, steps: int, final: float = 0.0) -> Schedule:
@@ -71,10 +64,15 @@ def linear_decay(peak: float, steps: int, final: float = 0.0) -> Schedule:
     >>> [linear_decay(1.0, steps=2)(step) for step in range(4)]
     [1.0, 0.5, 0.0, 0.0]
     """
+    return _fall(peak, steps, final, lambda passed: 1 - passed)
+
+
+def _fall(peak: float, steps: int, final: float, left: Callable[[float], float]) -> Schedule:
+    """Fall from `peak` to `final`: `left` says from the part of the steps that is over how much is left of the way."""
     checked_rate(peak, "peak")
     checked_rate(final, "final")
     expect(steps >= 1, "steps", steps, "at least 1")
-    return lambda step: final + (peak - final) * (1 - min(step / steps, 1.0))
+    return lambda step: final + (peak - final) * left(min(step / steps, 1.0))
 
 
 def exponential_decay(peak: float, steps: int, factor: float) -> Schedule:

@@ -114,8 +114,7 @@ class Norms(Grouped):
 
     def _enter_rows(self, together: int, source: Tensor, stacked: Tensor) -> None:
         dtype = accumulator(stacked.dtype, self.rows)
-        finish = lambda weights: [(source, weights.contract(stacked, dtype))]  # noqa: E731
-        self.measured(together, squared_norms(stacked), finish)
+        self.measured(together, squared_norms(stacked), lambda weights: [(source, weights.contract(stacked, dtype))])
 
     def _enter_made(self, group: Group, part: Part, together: int) -> None:
         """Enter the only use of leaves that the source was made of by more than an isometry.
