@@ -3,8 +3,9 @@
     python benchmarks/overhead.py [--scale smoke|cpu|full]
 
 The MNIST network of Rochette et al. at batch sizes of 1 to 64. Tracing is what the traced forward pass takes more than
-the same loss under `torch.func.vmap`; planning is from the trace to the backward pass. Both are shown as shares of the
-clipped gradient and of the whole private step. All of it in turns, in one process.
+the same loss under `torch.func.vmap`, recorded by autograd, as any gradient needs it; planning is from the trace to the
+backward pass. Both are shown as shares of the clipped gradient and of the whole private step. All of it in turns, in one
+process.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,8 +77,9 @@ def _functions(size: int, device: str) -> dict[str, Callable[[], Any]]:
         loss, pegrad.optim.sgd(0.1), clip_norm=CLIP_NORM, noise_multiplier=1.0, expected_batch_size=size
     )
     state = step.init(params, random.key(1))
+    recorded = trees.map(lambda leaf: leaf.clone().requires_grad_(), params)
     return {
-        "vmap": lambda: vmap(loss, (None, 0))(params, batch),
+        "vmap": lambda: vmap(loss, (None, 0))(recorded, batch),
         "traced": lambda: strategy.trace(Call.of(loss, params, batch, None).problem),
         "planning": lambda: Plan(trace, strategy.choose),
         "clipped gradient": lambda: step.clipped_grad(params, batch),

@@ -64,10 +64,11 @@ class FlatLoss:
                 "names and numbers of tensors on every path"
             )
         self._aux = structure
-        for path, leaf in zip(trees.paths(aux), leaves, strict=True):
+        for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor | bool | int | float):
                 raise LeafError(
-                    f"aux{path} is of type {type(leaf).__name__}: expected a tensor or a number for each example"
+                    f"aux{trees.path(aux, i)} is of type {type(leaf).__name__}: expected a tensor or a number for each "
+                    "example"
                 )
         return value, [torch.as_tensor(leaf, device=value.device) for leaf in leaves]
 

@@ -48,6 +48,11 @@ from pegrad.tracing.writes import Made, writes
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+_SHAPES = {
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
+}
+"""Functions that read nothing of a tensor but what all examples share; models call them more than any other."""
 
 T = TypeVar("T")
 
@@ -170,6 +175,8 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         """Called by PyTorch in place of `func`."""
         kwargs = kwargs or {}
+        if func in _SHAPES:
+            return func(*args, **kwargs)
         refuse_checkpoint()
         nested = level() != self._level
         if nested:  # where the rule of a recurrence does not reach
@@ -180,7 +187,7 @@ class Trace(TorchFunctionMode):
             return physical(args[0]).requires_grad
         if func in INDEXED and not nested:
             args = (args[0], self._inquiry.index(args[1]), *args[2:])
-        tensors = [t for t in trees.leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = _tensors(args, kwargs)
         parameters = [t for t in tensors if self.is_parameter(t)]
         witness = next((t for t in tensors if is_batched(t)), None)
         name = getattr(func, "__name__", str(func))
@@ -356,6 +363,12 @@ class Trace(TorchFunctionMode):
             y = torch.ops.aten._unsafe_view(y, y.shape)
         send = self.announce(sites, x.shape, y.shape, x.dtype)
         return Tap.apply(y, send.anchor, x.detach(), send)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    given = (*args, *kwargs.values())
+    nested = any(isinstance(argument, list | tuple | Mapping) for argument in given)
+    return [t for t in (trees.leaves((args, kwargs)) if nested else given) if isinstance(t, Tensor)]
 
 
 def _takes_function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -29,7 +29,8 @@ def _rule(name: str, read: Callable[..., Convolution]) -> Rule:
             sites: list[Site] = [ConvWeight(call.weight, name, call.geometry, call.transposed, images)]
             if fused is not None:
                 sites.append(Bias(fused, f"{name} bias", over_images(images)))
-            return tap(y, x, sites).unflatten(0, (-1, images))
+            y = tap(y, x, sites)
+            return y.reshape(-1, images, *y.shape[1:])
 
         y = trace.record(run, call.input)
         if call.bias is not None and fused is None:

@@ -40,7 +40,7 @@ class Sweep(ABC):
         """Run all steps.
 
         Args:
-            ih: the product of the input, `(N, T, ·)`.
+            ih: the product of the input, `(N, T, ·)`; no one else needs it, and it may be overwritten.
             states: the first states, `(N, ·)`.
             weights: of which only those of the hidden state are used.
             backwards: from the last step to the first.
@@ -108,7 +108,7 @@ class GRU(Sweep):
         steps, size = _order(ih, backwards), ih.shape[2] // 3
         track = _track(states[0], ih.shape[1], backwards)
         past, now = _beside(track, backwards)
-        gates = ih.clone()
+        gates = ih
         candidates = ih.new_empty(*ih.shape[:2], size)  # W h, as the reset gate meets it
         pasts, nows, hh = past.unbind(1), now.unbind(1), _transposed(weights.hh)
         both, resets, updates, news = (gates[..., a * size : b * size].unbind(1) for a, b in _GRU_GATES)
@@ -160,7 +160,7 @@ class LSTM(Sweep):
         hidden, cell = (_track(state, ih.shape[1], backwards) for state in states)
         (past, now), (_, now_cell) = _beside(hidden, backwards), _beside(cell, backwards)
         whole = now if weights.hr is None else torch.empty_like(now_cell)  # the hidden state before its projection
-        gates = ih.clone() if weights.bias_hh is None else ih + weights.bias_hh
+        gates = ih if weights.bias_hh is None else ih.add_(weights.bias_hh)
         pasts, nows, wholes = past.unbind(1), now.unbind(1), whole.unbind(1)
         hh, hr = _transposed(weights.hh), None if weights.hr is None else _transposed(weights.hr)
         now_cells, rows = now_cell.unbind(1), gates.unbind(1)
@@ -268,7 +268,7 @@ class Swept(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Run forward."""
         first = tuple(state.flatten(0, 1) for state in states)
-        output, last, saved = sweep.forward(ih.flatten(0, 1), first, weights, backwards)
+        output, last, saved = sweep.forward(ih.detach().flatten(0, 1), first, weights, backwards)
         ctx.sweep, ctx.backwards, ctx.sends = sweep, backwards, sends
         ctx.several = ih.shape[:2]
         ctx.shapes = [t.shape for t in (output, *last)]
