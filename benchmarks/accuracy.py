@@ -67,6 +67,8 @@ class Recipe(NamedTuple):
     """The longest shift, in pixels."""
     background: float
     """What a shift moves in."""
+    copies: Sequence[int]
+    """K, one after the other."""
 
 
 class Scale(NamedTuple):
@@ -75,29 +77,26 @@ class Scale(NamedTuple):
     digits: Recipe
     mnist: Recipe
     rates: Sequence[float]
-    copies: Sequence[int]
     scaled_down: str
 
 
-_DIGITS = Recipe(256 / 1437, 30, 1e-4, 1, 0.0)
-_MNIST = Recipe(2048 / 60_000, 20, 1e-5, 2, -data.MNIST_MEAN / data.MNIST_STD)
+_DIGITS = Recipe(256 / 1437, 30, 1e-4, 1, 0.0, copies=(1, 4, 16))
+_MNIST = Recipe(2048 / 60_000, 20, 1e-5, 2, -data.MNIST_MEAN / data.MNIST_STD, copies=(1, 4, 16))
 _RATES = 0.05, 0.1, 0.2, 0.4
 SCALES = {
     "smoke": Scale(
-        _DIGITS._replace(epochs=0.5),
-        _MNIST._replace(sampling_rate=64 / 60_000, epochs=0.005),
+        _DIGITS._replace(epochs=0.5, copies=(1, 4)),
+        _MNIST._replace(sampling_rate=64 / 60_000, epochs=0.005, copies=(1, 4)),
         _RATES[:2],
-        (1, 4),
         "half an epoch (MNIST: 5 steps of 64), 1 seed, 2 learning rates, K up to 4",
     ),
     "cpu": Scale(
         _DIGITS,
-        _MNIST._replace(sampling_rate=512 / 60_000, epochs=3),
+        _MNIST._replace(sampling_rate=512 / 60_000, epochs=1, copies=(1, 4)),
         _RATES,
-        (1, 4),
-        "MNIST: 3 epochs of batches of 512; K up to 4",
+        "MNIST: one epoch of batches of 512; K up to 4",
     ),
-    "full": Scale(_DIGITS, _MNIST, _RATES, (1, 4, 16), "nothing"),
+    "full": Scale(_DIGITS, _MNIST, _RATES, "nothing"),
 }
 EFFORTS = {"smoke": Effort(rounds=1), "cpu": Effort(rounds=5), "full": Effort(rounds=5)}
 
@@ -137,18 +136,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = {f"choice/{c}/{rate}": partial(choose, c, rate) for c in CLIPPINGS for rate in scale.rates}
     points |= {
         _key(name, clipping, copies, seed): partial(run, name, clipping, copies, seed)
-        for name in recipes
-        for copies in scale.copies
+        for name, recipe in recipes.items()
+        for copies in recipe.copies
         for clipping in CLIPPINGS
         for seed in seeds
     }
     runner.run(points, results)
     found = {
         name: {
-            clipping: [(k, [results[_key(name, clipping, k, seed)] for seed in seeds]) for k in scale.copies]
+            clipping: [(k, [results[_key(name, clipping, k, seed)] for seed in seeds]) for k in recipe.copies]
             for clipping in CLIPPINGS
         }
-        for name in recipes
+        for name, recipe in recipes.items()
     }
     _show(found, recipes)
     panels = {

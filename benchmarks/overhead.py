@@ -4,8 +4,8 @@
 
 The MNIST network of Rochette et al. at batch sizes of 1 to 64. Tracing is what the traced forward pass takes more than
 the same loss under `torch.func.vmap`, recorded by autograd, as any gradient needs it; planning is from the trace to the
-backward pass. Both are shown as shares of the clipped gradient and of the whole private step. All of it in turns, in one
-process.
+backward pass. Both are shown as shares of the clipped gradient and of the whole private step. All of it in turns, in
+one process.
 """
 
 from collections.abc import Callable, Sequence

@@ -49,7 +49,8 @@ from pegrad.tracing.writes import Made, writes
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 _SHAPES = {
-    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__),
+    *(Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.is_complex),
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
 }
 """Functions that read nothing of a tensor but what all examples share; models call them more than any other."""
