@@ -78,6 +78,34 @@ def opacus_per_layer(task: Task, clip_norm: float) -> Callable[[], PyTree]:
     return clipped_sum
 
 
+def opacus_adaptive_step(task: Task, clip_norm: float, noise_multiplier: float) -> Callable[[], None]:
+    """A whole step of Opacus's adaptive clipping, in place: clip, noise that is not cryptographic, SGD, a new bound."""
+    from opacus import GradSampleModule
+    from opacus.optimizers import AdaClipDPOptimizer
+
+    images, labels = task.batch
+    module = GradSampleModule(task.module(), loss_reduction="sum")
+    optimizer = AdaClipDPOptimizer(
+        torch.optim.SGD(native.trained(module), lr=1e-3),
+        noise_multiplier=noise_multiplier,
+        target_unclipped_quantile=0.5,
+        clipbound_learning_rate=0.2,
+        max_clipbound=1e6,
+        min_clipbound=1e-6,
+        unclipped_num_std=10.0,
+        max_grad_norm=clip_norm,
+        expected_batch_size=len(labels),
+        loss_reduction="sum",
+    )
+
+    def step() -> None:
+        cross_entropies(module(images), labels).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def opacus_ghost(task: Task, clip_norm: float) -> Callable[[], PyTree]:
     """Opacus's ghost clipping: norms in a first backward pass, the sum in a second."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import native
+import peers
 import pegrad
 from contest import CLIP_NORM, FEW
 from isolation import FailedError, in_own_process, peak
@@ -52,33 +53,46 @@ def whole_step(optimizer: str, workload: Workload, effort: Effort, device: str) 
     return times
 
 
-def adaptive_step(workload: Workload, effort: Effort, device: str) -> Point:
-    """Time a whole step with adaptive clipping against one with a fixed clip norm, in turns, in a process of its own.
+def adaptive_step(name: str, workload: Workload, effort: Effort, device: str) -> Point:
+    """Time a whole step with adaptive clipping against one of ours with a fixed clip norm, in turns, in an own process.
 
     Args:
+        name: a key of `ADAPTIVE`.
         workload: what is computed.
         effort: how many rounds, and how long.
         device: where.
 
     Returns:
-        `failure`, a short phrase; or `seconds`, of both steps by name, `ratio`, the spread of their quotients, and
-        `warnings`.
+        `failure`, a short phrase; or `seconds`, of both steps, `ratio`, the spread of their quotients, and `warnings`.
     """
     try:
-        return in_own_process(_adaptive_times, workload, effort, device, limit=effort.limit, device=device)
+        return in_own_process(_adaptive_times, name, workload, effort, device, limit=effort.limit, device=device)
     except FailedError as error:
         return {"failure": str(error)}
 
 
-def _adaptive_times(workload: Workload, effort: Effort, device: str) -> Point:
-    task, optimizer = workload.task(device), pegrad.optim.sgd(LEARNING_RATE)
-    adaptive = pegrad.Adaptive(CLIP_NORM, count_noise_multiplier=COUNT_NOISE_MULTIPLIER)
-    steps = {name: _step(task, optimizer, clip) for name, clip in {"flat": CLIP_NORM, "adaptive": adaptive}.items()}
-    key = pegrad.random.key(0)
-    runs = {name: partial(step, task.params, step.init(task.params, key), task.batch) for name, step in steps.items()}
-    times = interleaved(runs, effort.rounds, device)
-    ratio = spread(own / base for own, base in zip(times["adaptive"], times["flat"], strict=True))
-    return {"seconds": {name: median(own) for name, own in times.items()}, "ratio": ratio}
+def _adaptive_times(name: str, workload: Workload, effort: Effort, device: str) -> Point:
+    task = workload.task(device)
+    times = interleaved({FLAT: _our_step(task, CLIP_NORM), name: ADAPTIVE[name](task)}, effort.rounds, device)
+    ratio = spread(own / base for own, base in zip(times[name], times[FLAT], strict=True))
+    return {"seconds": {step: median(own) for step, own in times.items()}, "ratio": ratio}
+
+
+def _our_step(task: Task, clip_norm: float | pegrad.Adaptive) -> Callable[[], Any]:
+    step = _step(task, pegrad.optim.sgd(LEARNING_RATE), clip_norm)
+    return partial(step, task.params, step.init(task.params, pegrad.random.key(0)), task.batch)
+
+
+def _our_adaptive_step(task: Task) -> Callable[[], Any]:
+    return _our_step(task, pegrad.Adaptive(CLIP_NORM, count_noise_multiplier=COUNT_NOISE_MULTIPLIER))
+
+
+FLAT = "flat"
+ADAPTIVE: dict[str, Callable[[Task], Callable[[], Any]]] = {
+    "adaptive": _our_adaptive_step,
+    "Opacus adaptive": partial(peers.opacus_adaptive_step, clip_norm=CLIP_NORM, noise_multiplier=NOISE_MULTIPLIER),
+}
+"""By name, from a task to a whole step."""
 
 
 def _times(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
