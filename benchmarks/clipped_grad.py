@@ -21,7 +21,7 @@ from contest import CLIP_NORM, contest, memory
 from contestants import BASELINE, CONTESTANTS
 from runner import Effort, Point, Results
 from whole_step import OPTIMIZERS, whole_step
-from workloads import SCALES
+from workloads import SCALES, SHAPES
 
 EFFORTS = {
     "smoke": Effort(rounds=2, step_rounds=2, budget=1, limit=60),
@@ -41,14 +41,14 @@ def compare(options: argparse.Namespace) -> None:
 
     Args:
         options: of the runner's parser, and `only`, the workloads; `contestants`; `optimizers` of whole steps; and
-            `picture`, what the picture is called. The points' file is one for all such choices.
+            `points` and `picture`, what the file of the points and the picture are called.
     """
     workloads = {name: SCALES[options.scale][name] for name in options.only}
     contestants = [name for name in CONTESTANTS if name in {BASELINE, *options.contestants}]
     lines = [(row, name) for row in workloads for name in contestants]
     steps = {(row, name): f"step/{row}/{name}" for row in workloads for name in options.optimizers}
 
-    path = options.out / f"clipped_grad_{options.scale}_{options.device}.json"
+    path = options.out / f"{options.points}_{options.scale}_{options.device}.json"
     picture = options.out / f"{options.picture}_{options.scale}_{options.device}.png"
     settings = {"clip_norm": CLIP_NORM, "allocator": options.allocator, **options.effort._asdict()}
     results = Results(path, settings, options.device, fresh=options.fresh)
@@ -81,13 +81,13 @@ def compare(options: argparse.Namespace) -> None:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = runner.parser("What clipping costs, against the non-private gradient and step.", EFFORTS)
-    parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="these workloads; all of the scale's")
+    parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="these workloads; all of the papers'")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], help="these; all")
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=[*OPTIMIZERS], help="these; all")
-    parser.set_defaults(picture="clipped_grad")
+    parser.set_defaults(points="clipped_grad", picture="clipped_grad")
     options = runner.parse(parser, argv)
-    known = [*SCALES[options.scale]]
-    options.only = options.only or known
+    known = SCALES[options.scale]
+    options.only = options.only or [name for name in known if name not in SHAPES]  # those are `modules.py`'s
     if unknown := set(options.only) - set(known):
         parser.error(f"no workload {', '.join(sorted(unknown))} at scale {options.scale}: there are {', '.join(known)}")
     return options

@@ -198,6 +198,18 @@ def test_every_clipping_is_measured_and_right(module, tmp_path) -> None:
     assert (tmp_path / "clipping_smoke_cpu.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_modules_are_measured_in_a_file_of_their_own(module, tmp_path, monkeypatch) -> None:
+    """Catches: rows of modules that overwrite those of the papers' networks."""
+    small = module("workloads").shapes_of(dim=8, layers=1, vocabulary=11, length=4, image=32, batch=2)
+    monkeypatch.setitem(module("workloads").SCALES, "smoke", {"rnn": small["rnn"]})
+    arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path), "--only", "rnn"]
+    module("modules").main(arguments)
+    points = json.loads((tmp_path / "modules_smoke_cpu.json").read_text())["points"]
+    assert points["gradient/rnn/ghost"]["difference"] < 1e-12
+    assert {key.split("/")[2] for key in points} == set(module("modules").CONTESTANTS)
+
+
 def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) -> None:
     """Catches: a peer that is dropped in silence."""
     arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path), "--limit", "0.01"]
