@@ -13,6 +13,7 @@ import oracle
 import pegrad
 from hostile import Attack, movement
 from pegrad.reductions.native import Magnitudes
+from pegrad.rules import gram
 from pegrad.rules.recurrent import calls
 
 pytestmark = [
@@ -586,7 +587,26 @@ def test_nothing_is_copied_and_explain_says_what_runs(strategy):
     module = nn.LSTM(D, H, 2, bidirectional=True, proj_size=1)
     text = str(pegrad.explain(lambda p, x: total(*flat(functional_call(module, p, (x,)))), of(module), r(B, T, D)))
     assert "copies" not in text
-    assert all(name in text for name in ("lstm hidden", "lstm hidden bias", "lstm projection", "linear"))
+    operations = "lstm input", "lstm input bias", "lstm hidden", "lstm hidden bias", "lstm projection"
+    assert all(name in text for name in operations)
+
+
+@pytest.mark.parametrize(("kind", "made"), [("lstm", 1), ("projected lstm", 1), ("gru", 0)])
+def test_the_weights_of_a_layer_share_the_gram_matrix_of_the_gradient_that_both_met(kind, made, monkeypatch):
+    """Catches: one made for each of them; and one shared by a GRU's, which meet two gradients."""
+    module = KINDS[kind](8, 8)
+    params, batch = of(module), r(B, 2, 8)
+    product, shared = gram.gram, []
+    monkeypatch.setattr(gram, "gram", lambda rows, *columns: (shared.append(rows), product(rows, *columns))[1])
+
+    def loss(p, x):
+        return total(*flat(functional_call(module, p, (x,))))
+
+    norms = pegrad.clipped_grad(loss, clip_norm=1.0, strategy="ghost")(params, batch).norms
+    width = module.weight_ih_l0.shape[0]
+    assert sum(rows.shape == (B, 2, width) for rows in shared) == made
+    grads = oracle.per_example_grads(loss, dict(sorted(params.items())), batch)
+    oracle.assert_close([norms], [torch.cat([g.flatten(1) for g in grads], 1).norm(dim=1)])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

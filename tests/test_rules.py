@@ -18,7 +18,7 @@ from pegrad.rules import gram
 from pegrad.rules.conv import kernels, norms
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.costs import Work
-from pegrad.rules.gram import gram_norm
+from pegrad.rules.gram import SharedGram, gram_norm
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +220,33 @@ def test_blocked_and_unblocked_gram_kernels_agree(block, monkeypatch):
         for kernel in (norms.gram_box, norms.gram_unfolded):
             found = tuple(kernel(image, out, geometry))
             torch.testing.assert_close(found, (exact, terms, inputs, outputs), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("positions", [3, 60])
+def test_a_gram_matrix_that_two_weights_share_is_of_the_gradient_that_both_met(positions, monkeypatch):
+    """Catches: that of an earlier gradient, or of one changed since; one made twice, kept for nobody, or too large."""
+    x, y, g = r(2, positions, 4), r(2, positions, 5), r(2, positions, 6)
+    made = []
+    product, shared = gram.gram, SharedGram()
+    monkeypatch.setattr(gram, "gram", lambda rows, *columns: (made.append(rows), product(rows, *columns))[1])
+
+    def check(x, g):
+        made.clear()
+        exact = (g.mT @ x).flatten(1).square().sum(1)
+        torch.testing.assert_close(gram_norm(x, g, gram_of_g=shared).norms, exact, rtol=1e-10, atol=0)
+        return sum(rows is g for rows in made)
+
+    first = check(x, g)
+    assert check(y, g) == 0
+    assert not shared._blocks
+    assert check(x, g) == first
+    assert check(y, g.clone().mul_(2)) == first
+    assert check(x, g) == first
+    g.mul_(3)
+    assert check(y, g) == first
+    monkeypatch.setattr(gram, "BLOCK", 1)
+    check(x, g.clone())
+    assert not shared._blocks
 
 
 class Largest(TorchDispatchMode):

@@ -163,7 +163,7 @@ def test_reduced_precision_of_products_is_for_the_loss_alone(monkeypatch):
     monkeypatch.setattr(
         pegrad.rules.linear,
         "gram_norm",
-        lambda x, g: (seen.append(torch.get_float32_matmul_precision()), product(x, g))[1],
+        lambda *args, **kwargs: (seen.append(torch.get_float32_matmul_precision()), product(*args, **kwargs))[1],
     )
     torch.set_float32_matmul_precision("medium")
     try:

@@ -594,10 +594,24 @@ MUTANTS = [
     ),
     Mutant(
         "rules/gram.py",
-        "weights[:, stop - start :] *= 2",
-        "weights[:, stop - start :] *= 1",
+        "products[:, stop - start :] *= 2",
+        "products[:, stop - start :] *= 1",
         "test_rules.py -k blocked_and_unblocked",
         "norms over many positions count half of the pairs",
+    ),
+    Mutant(
+        "rules/gram.py",
+        "self._rows() is not rows or self._version != rows._version",
+        "self._version != rows._version",
+        "test_rules.py -k two_weights_share",
+        "norms from the Gram matrix of another gradient",
+    ),
+    Mutant(
+        "rules/gram.py",
+        "self._rows() is not rows or self._version != rows._version",
+        "self._rows() is not rows",
+        "test_rules.py -k two_weights_share",
+        "norms from the Gram matrix of a gradient that was changed since",
     ),
     Mutant(
         "rules/gram.py",
@@ -826,7 +840,7 @@ MUTANTS = [
     ),
     Mutant(
         "rules/recurrent/rule.py",
-        "if not ih.numel() or any(trace.is_batched(w) for w in (weights.hh, weights.bias_hh, weights.hr)):",
+        "if not (x.numel() and weights.ih.numel()) or any(trace.is_batched(w) for w in weights):",
         "if False:",
         "test_recurrent.py -k differ_from_example and auto",
         "weights that differ from example to example taken for shared ones",

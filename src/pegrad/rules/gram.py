@@ -1,5 +1,6 @@
 """Squared norms of sums of outer products, from Gram matrices."""
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,7 +50,42 @@ def few_at_a_time(
     return Squares(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Squares:
+Gram = Callable[[Tensor, int, int], Tensor]
+"""`(rows (B, T, p), start, stop) -> block (B, T - start, stop - start)` of the rows' Gram matrix, only to be read."""
+
+
+def gram(rows: Tensor, start: int, stop: int) -> Tensor:
+    """Make the columns from `start` to `stop` of a Gram matrix, from the diagonal's first row down: see `Gram`."""
+    # The wider operand first: the other way round, a product of this shape takes half as long again.
+    return rows[:, start:] @ rows[:, start:stop].mT
+
+
+class SharedGram:
+    """The Gram matrix of a gradient that two weights met, made for the one that asks first: see `Gram`.
+
+    It is kept until the other has asked, and only if it is no larger than `BLOCK`. Whoever asks with another tensor,
+    or with the same one after a change in place, has a new one made.
+    """
+
+    def __init__(self) -> None:
+        self._rows: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._blocks: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """Take a block that is kept, or make it and keep it."""
+        if self._rows is None or self._rows() is not rows or self._version != rows._version:
+            self._rows, self._version = weakref.ref(rows), rows._version
+            self._blocks.clear()
+        found = self._blocks.pop((start, stop), None)
+        if found is None:
+            found = gram(rows, start, stop)
+            if rows.shape[0] * rows.shape[1] ** 2 <= BLOCK:
+                self._blocks[start, stop] = found
+        return found
+
+
+def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK, gram_of_g: Gram = gram) -> Squares:
     """Squared norm of `g[b]ᵀ x[b]` for each b, as `sum over t, t' of (g_t · g_t') (x_t · x_t')`.
 
     Args:
@@ -57,6 +93,7 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Squares:
         g: `(B, T, p)`.
         block: numbers that one block of a Gram matrix may hold; the matrices are made in blocks of columns, and of a
             block only what lies on or below the diagonal, since both are symmetric.
+        gram_of_g: makes the blocks of `g`'s Gram matrix.
 
     Returns:
         The squared norms; what else there is to tell is on the matrices' diagonals.
@@ -71,12 +108,10 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK) -> Squares:
     found = Squares(*x.new_zeros(4, batch))
     for start in range(0, positions, columns):
         stop = min(start + columns, positions)
-        # The wider operand first: the other way round, a product of this shape takes half as long again.
-        products = x[:, start:] @ x[:, start:stop].mT
-        weights = g[:, start:] @ g[:, start:stop].mT
+        products, weights = gram(x, start, stop), gram_of_g(g, start, stop)
         note_diagonals(found, products, weights)
         if stop < positions:
-            weights[:, stop - start :] *= 2
+            products[:, stop - start :] *= 2
         found.norms.add_(products.mul_(weights).flatten(1).sum(1))
     return found
 

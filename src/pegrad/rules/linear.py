@@ -11,13 +11,21 @@ from torch import Tensor
 
 from pegrad.rules.bias import Bias, over_leading
 from pegrad.rules.costs import Work
-from pegrad.rules.gram import gram_norm
+from pegrad.rules.gram import Gram, gram, gram_norm
 from pegrad.rules.site import Kernel, Recorder, Rule, Shape, Site, Tap, weigh_the_smaller
 
 
 @dataclass(frozen=True, eq=False)
 class LinearWeight(Site):
-    """The weight `(p, D)` of `y = x Wᵀ` over T positions: its gradient is `gᵀ x`."""
+    """The weight `(p, D)` of `y = x Wᵀ` over T positions: its gradient is `gᵀ x`.
+
+    Args:
+        source: see `Site`.
+        operation: see `Site`.
+        gram_of_g: makes the Gram matrix of `g`.
+    """
+
+    gram_of_g: Gram = gram
 
     def stacking(self, x: Shape, g: Shape) -> dict[str, Kernel]:
         """See `Site.stacking`."""
@@ -29,7 +37,7 @@ class LinearWeight(Site):
         """See `Site.norming`."""
         pairs = x[0] * prod(x[1:-1]) ** 2
         work = Work(pairs * (x[-1] + g[-1]), moved=2 * pairs + prod(x) + prod(g))
-        return {"gram": Kernel("gram", work, lambda x, g: gram_norm(_rows(x), _rows(g)))}
+        return {"gram": Kernel("gram", work, lambda x, g: gram_norm(_rows(x), _rows(g), gram_of_g=self.gram_of_g))}
 
     def summing(self, x: Shape, g: Shape) -> Kernel:
         """See `Site.summing`."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pegrad.numerics import without_autocast
 from pegrad.rules.bias import Bias, over_leading
+from pegrad.rules.gram import Gram, SharedGram, gram
 from pegrad.rules.linear import LinearWeight, linear
 from pegrad.rules.recurrent.calls import States, Weights, is_packed, read_sequences, read_step, refuse_packed
 from pegrad.rules.recurrent.steps import CELLS, PACK, PAD, SEQUENCES, Cell, has_steps, recur
@@ -34,11 +35,11 @@ def _over_sequences(function: Any) -> Rule:
         witness = next(t for t in call.tensors() if trace.is_batched(t))
 
         def layer(x: Tensor, states: States, weights: Weights, backwards: bool) -> tuple[Tensor, States]:
-            ih = _product(trace, _batched(trace, x, witness), weights.ih, weights.bias_ih)
+            x = _batched(trace, x, witness)
             states = tuple(_own(trace, state, witness) for state in states)
-            if not ih.numel() or any(trace.is_batched(w) for w in (weights.hh, weights.bias_hh, weights.hr)):
-                return _by_steps(trace, cell, ih, states, weights, backwards)
-            return _swept(trace, name, sweep, ih, states, weights, backwards)
+            if not (x.numel() and weights.ih.numel()) or any(trace.is_batched(w) for w in weights):
+                return _by_steps(trace, cell, x, states, weights, backwards)
+            return _swept(trace, name, sweep, x, states, weights, backwards)
 
         return call.run(layer)
 
@@ -46,42 +47,51 @@ def _over_sequences(function: Any) -> Rule:
 
 
 def _swept(
-    trace: Recorder, name: str, sweep: Sweep, ih: Tensor, states: States, weights: Weights, backwards: bool
+    trace: Recorder, name: str, sweep: Sweep, x: Tensor, states: States, weights: Weights, backwards: bool
 ) -> tuple[Tensor, States]:
-    hidden: list[Site] = []
-    if trace.is_parameter(weights.hh):
-        hidden.append(LinearWeight(weights.hh, f"{name} hidden"))
-    if weights.bias_hh is not None and trace.is_parameter(weights.bias_hh):
-        hidden.append(Bias(weights.bias_hh, f"{name} hidden bias", over_leading(1)))
-    projection: list[Site] = []
-    if weights.hr is not None and trace.is_parameter(weights.hr):
-        projection.append(LinearWeight(weights.hr, f"{name} projection"))
+    shared = SharedGram() if sweep.adds else gram
+
+    def sites(weight: Tensor | None, bias: Tensor | None, operation: str, gram_of_g: Gram) -> list[Site]:
+        found: list[Site] = []
+        if weight is not None and trace.is_parameter(weight):
+            found.append(LinearWeight(weight, f"{name} {operation}", gram_of_g))
+        if bias is not None and trace.is_parameter(bias):
+            found.append(Bias(bias, f"{name} {operation} bias", over_leading(1)))
+        return found
+
     given: Any = (None if w is None else w.detach() for w in weights)
     detached = Weights(*given)
+    bias = detached.bias_ih
+    if sweep.adds and bias is not None and detached.bias_hh is not None:
+        bias, detached = bias + detached.bias_hh, detached._replace(bias_hh=None)
 
-    def run(ih: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+    def run(x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        ih = F.linear(x, detached.ih, bias)
         dtype = torch.promote_types(ih.dtype, detached.hh.dtype)
-        rows, channels = ih.shape[:-1], states[0].shape[-1]
+        rows, channels, outputs = (len(x), x.shape[1:-1].numel()), states[0].shape[-1], ih.shape[-1]
 
-        def announce(sites: list[Site], x: int, y: int) -> Send | None:
+        def announce(sites: list[Site], x: int, y: int, dtype: torch.dtype) -> Send | None:
             return trace.announce(sites, (*rows, x), (*rows, y), dtype) if sites else None
 
         sends = (
-            announce(hidden, channels, ih.shape[-1]),
-            announce(projection, states[-1].shape[-1], channels),
+            announce(sites(weights.ih, weights.bias_ih, "input", shared), x.shape[-1], outputs, x.dtype),
+            announce(sites(weights.hh, weights.bias_hh, "hidden", shared), channels, outputs, dtype),
+            announce(sites(weights.hr, None, "projection", gram), states[-1].shape[-1], channels, dtype),
         )
         anchor = next((send.anchor for send in sends if send is not None), None)
+        ih, *first = (t.to(dtype) for t in (ih, *states))
         with without_autocast(ih.device):
-            return Swept.apply(sweep, detached, backwards, sends, anchor, *(t.to(dtype) for t in (ih, *states)))
+            return Swept.apply(sweep, detached, backwards, sends, anchor, x.detach(), ih, *first)
 
-    output, *last = trace.run(run, ih, *states)
+    output, *last = trace.run(run, x, *states)
     return output, tuple(last)
 
 
 def _by_steps(
-    trace: Recorder, cell: Cell, ih: Tensor, states: States, weights: Weights, backwards: bool
+    trace: Recorder, cell: Cell, x: Tensor, states: States, weights: Weights, backwards: bool
 ) -> tuple[Tensor, States]:
     """Run a layer of whose weights some differ from example to example, or which has no sequence to run over."""
+    ih = _product(trace, x, weights.ih, weights.bias_ih)
     return recur(cell, ih, states, Weights(*(_own(trace, w, ih) for w in weights)), backwards)
 
 

@@ -7,7 +7,7 @@ the activations step by step.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,12 @@ class Found(NamedTuple):
 
 class Sweep(ABC):
     """A kind of network, and its sweeps over N sequences of T steps: `(N, T, ·)` everywhere."""
+
+    adds: ClassVar[bool] = True
+    """Whether the products of input and hidden state are added first of all, so that one gradient is at both.
+
+    Their biases then come as one, with `ih`.
+    """
 
     @abstractmethod
     def forward(
@@ -77,7 +83,7 @@ class Elman(Sweep):
         steps = _order(ih, backwards)
         track = _track(states[0], ih.shape[1], backwards)
         past, now = _beside(track, backwards)
-        now.copy_(ih) if weights.bias_hh is None else torch.add(ih, weights.bias_hh, out=now)
+        now.copy_(ih)
         pasts, nows, hh = past.unbind(1), now.unbind(1), _transposed(weights.hh)
         activate = torch.relu_ if self._relu else torch.tanh_
         for t in steps:
@@ -100,6 +106,8 @@ class Elman(Sweep):
 
 class GRU(Sweep):
     """`h = n + z (h - n)`, with gates r and z, and `n = tanh(ih + r (W h))`."""
+
+    adds = False
 
     def forward(
         self, ih: Tensor, states: States, weights: Weights, backwards: bool
@@ -160,7 +168,7 @@ class LSTM(Sweep):
         hidden, cell = (_track(state, ih.shape[1], backwards) for state in states)
         (past, now), (_, now_cell) = _beside(hidden, backwards), _beside(cell, backwards)
         whole = now if weights.hr is None else torch.empty_like(now_cell)  # the hidden state before its projection
-        gates = ih if weights.bias_hh is None else ih.add_(weights.bias_hh)
+        gates = ih
         pasts, nows, wholes = past.unbind(1), now.unbind(1), whole.unbind(1)
         hh, hr = _transposed(weights.hh), None if weights.hr is None else _transposed(weights.hr)
         now_cells, rows = now_cell.unbind(1), gates.unbind(1)
@@ -249,10 +257,10 @@ def _beside(track: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
 class Swept(torch.autograd.Function):
     """A sweep over the N sequences of every example, that tells on its way back what its weights met.
 
-    Called as `(sweep, weights, backwards, sends, anchor, ih, *states)` with the weights detached, `ih`
-    `(B, N, T, ·)`, states `(B, N, ·)`, and what to send to, or None: for the product of the hidden state, and for the
-    projection. The anchor makes the output require a gradient also where neither `ih` nor the states do. It is not to
-    be differentiated twice.
+    Called as `(sweep, weights, backwards, sends, anchor, x, ih, *states)` with weights and input detached, `x` and
+    `ih` `(B, N, T, ·)`, states `(B, N, ·)`, and what to send to, or None: for the product of the input, for that of
+    the hidden state, and for the projection; `(B, N T, ·)` is what they are sent. The anchor makes the output require
+    a gradient also where neither `ih` nor the states do. It is not to be differentiated twice.
     """
 
     @staticmethod
@@ -261,8 +269,9 @@ class Swept(torch.autograd.Function):
         sweep: Sweep,
         weights: Weights,
         backwards: bool,
-        sends: tuple[Send | None, Send | None],
+        sends: tuple[Send | None, Send | None, Send | None],
         anchor: Tensor | None,
+        x: Tensor,
         ih: Tensor,
         *states: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -273,7 +282,7 @@ class Swept(torch.autograd.Function):
         ctx.several = ih.shape[:2]
         ctx.shapes = [t.shape for t in (output, *last)]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weights.hh, weights.hr, *saved)
+        ctx.save_for_backward(None if sends[0] is None else x, weights.hh, weights.hr, *saved)
         # Not views, which a loss could not change in place.
         return tuple(torch.ops.aten._unsafe_view(t, (*ctx.several, *t.shape[1:])) for t in (output, *last))
 
@@ -281,14 +290,26 @@ class Swept(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Run back."""
-        hh, hr, *saved = ctx.saved_tensors
+        x, hh, hr, *saved = ctx.saved_tensors
         weights = Weights(hh, hh, hr=hr)
         output, *last = (
             hh.new_zeros(()).expand(shape) if g is None else g.flatten(0, 1)
             for g, shape in zip(grads, ctx.shapes, strict=True)
         )
         found = ctx.sweep.backward(tuple(saved), weights, ctx.backwards, output, tuple(last))
-        for send, met in zip(ctx.sends, (found.hidden, found.projected), strict=True):
-            if send is not None and met is not None:
-                send(*(t.unflatten(0, ctx.several) for t in met))
-        return *[None] * 5, *(t.unflatten(0, ctx.several) for t in (found.ih, *found.states))
+        batch = ctx.several[0]
+        at_hidden = _by_batch(found.hidden[1], batch)
+        at_input = at_hidden if ctx.sweep.adds else _by_batch(found.ih, batch)  # for `SharedGram`, the same tensor
+        to_input, to_hidden, to_projection = ctx.sends
+        if to_input is not None:
+            to_input(_by_batch(x, batch), at_input)
+        if to_hidden is not None:
+            to_hidden(_by_batch(found.hidden[0], batch), at_hidden)
+        if to_projection is not None and found.projected is not None:
+            to_projection(*(_by_batch(t, batch) for t in found.projected))
+        return *[None] * 6, *(t.unflatten(0, ctx.several) for t in (found.ih, *found.states))
+
+
+def _by_batch(t: Tensor, batch: int) -> Tensor:
+    """Take the steps of all sequences of an example for its positions: `(B, N T, ·)`."""
+    return t.reshape(batch, -1, t.shape[-1])
