@@ -198,12 +198,12 @@ class LSTM(Sweep):
         gate_in, forget, new, gate_out = gates.chunk(4, -1)
         grads = torch.empty_like(gates)
         at_in, at_forget, at_new, at_out = grads.chunk(4, -1)
-        torch.mul(new, gate_in, out=at_in).mul_(1 - gate_in)
-        torch.mul(past_cell, forget, out=at_forget).mul_(1 - forget)
-        torch.mul(new, new, out=at_new).neg_().add_(1).mul_(gate_in)
         squashed = now_cell.tanh()
-        torch.mul(squashed, gate_out, out=at_out).mul_(1 - gate_out)
-        to_cell = squashed.square_().neg_().add_(1).mul_(gate_out)
+        _SIGMOID_BACK(new, gate_in, grad_input=at_in)
+        _SIGMOID_BACK(past_cell, forget, grad_input=at_forget)
+        _TANH_BACK(gate_in, new, grad_input=at_new)
+        _SIGMOID_BACK(squashed, gate_out, grad_input=at_out)
+        to_cell = _TANH_BACK(gate_out, squashed, grad_input=squashed)
         size = to_cell.shape[2]
         parts, to_cells, forgets = grads.unbind(1), to_cell.unbind(1), forget.unbind(1)
         by_cell, by_hidden = grads[..., : 3 * size].unflatten(2, (3, size)).unbind(1), at_out.unbind(1)
@@ -224,6 +224,8 @@ class LSTM(Sweep):
 
 
 _LSTM_GATES = ((0, 2), (0, 1), (1, 2), (2, 3), (3, 4))
+# `(gradient, value)` to the gradient before the activation, each in one pass.
+_SIGMOID_BACK, _TANH_BACK = torch.ops.aten.sigmoid_backward.grad_input, torch.ops.aten.tanh_backward.grad_input
 
 
 def _transposed(weight: Tensor) -> Tensor:
