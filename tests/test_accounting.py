@@ -425,7 +425,8 @@ def test_fixed_size_has_the_divergences_worked_out_by_hand():
     """Catches: terms of the theorem that are lost, and q or σ that is squared, halved or lost.
 
     Let x = exp(1/σ²), σ over 2C. Theorem 27 of Wang et al. 2019 bounds order 2 by log(1 + q²·min(4(x - 1), 2x)), since
-    the Gaussian's is 1/σ². For x = 3/2 the first is less, 2; for x = 3 the second, 6. With q = 1/10: log 1.02, log 1.06.
+    the Gaussian's is 1/σ². For x = 3/2 the first is less, 2; for x = 3 the second, 6. With q = 1/10: log 1.02 and
+    log 1.06.
 
     Order 3 adds up 3q²·min(4(x - 1), 2x) and q³·min(4·sqrt(A·B), 2x³), where A = x - 1 and B = x⁶ - 4x³ + 6x - 3 are
     the differences of exp(k(k - 1)/(2σ²)) of orders 2 and 4. For x = 3/2, A·B = 0.5·3.890625 and 4·sqrt(A·B) = 5.58 is

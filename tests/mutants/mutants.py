@@ -1391,10 +1391,24 @@ MUTANTS = [
     ),
     Mutant(
         "auditing/replay.py",
-        "self.distance <= self.bound and self.repeatable and self.same_state",
-        "self.distance <= self.bound and self.repeatable",
+        "return within and self.repeatable and self.same_state",
+        "return within and self.repeatable",
         "test_replay.py -k remembers",
         "a step whose key or counter depends on the batch passes",
+    ),
+    Mutant(
+        "auditing/replay.py",
+        " and self.count_distance <= 1 + _TOLERANCE",
+        "",
+        "test_replay.py -k bounds_that_tell",
+        "adaptive bounds that tell the batch's size or its largest norm pass",
+    ),
+    Mutant(
+        "auditing/replay.py",
+        "bounds[0] == bounds[1] and all(",
+        "all(",
+        "test_replay.py -k bounds_that_tell",
+        "adaptive bounds whose noise no key knows pass",
     ),
     Mutant(
         "auditing/replay.py",
