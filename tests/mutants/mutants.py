@@ -1879,9 +1879,9 @@ MUTANTS = [
     ),
     Mutant(
         "auditing/replay.py",
-        'if getattr(state, "bounds", ()):',
-        "if False:",
-        "test_replay.py -k adaptive",
+        "    if not bounds:\n        return 0.0\n",
+        "    if not hasattr(step, 'other'):\n        return 0.0\n",
+        "test_replay.py -k bounds_that_tell",
         "a step is said to hold although its counts were not looked at",
     ),
 ]
