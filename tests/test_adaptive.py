@@ -10,9 +10,9 @@ from scipy import stats
 
 import pegrad
 from pegrad import accounting, optim, random, sampling, trees
+from pegrad.accounting.ledger import joint
 from pegrad.adaptive import Adaptive, centred_counts
 from pegrad.clipping import Flat, Grouping
-from pegrad.ledger import joint
 
 SIZE = 20_000
 

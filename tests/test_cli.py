@@ -143,6 +143,30 @@ def test_every_clipping_trains_and_is_written_down(name, tmp_path, no_timings, c
     assert len({point["clip_norm"] for point in report["history"]}) == (3 if name == "adaptive" else 1)
 
 
+def test_adaptive_clipping_takes_its_numbers(tmp_path, no_timings, capsys):
+    """Catches: an option that is ignored, or taken for another; counts that alone would spend the budget."""
+    options = ("--clipping", "adaptive", "--clip-norm", "0.7", "--seed", "1")
+    numbers = ("--quantile", "0.75", "--count-noise-multiplier", "2.5", "--clip-learning-rate", "0.125")
+    report = train(tmp_path / "a", *options, *numbers, "--noise-multiplier", "1.5")
+    assert report["privacy"]["clipping"] == {
+        "name": "Adaptive",
+        "clip_norm": 0.7,
+        "count_noise_multiplier": 2.5,
+        "quantile": 0.75,
+        "learning_rate": 0.125,
+    }
+    bounds = [
+        [point["clip_norm"] for point in train(tmp_path / name, *options, "--noise-multiplier", "0", *one)["history"]]
+        for name, *one in (("b",), ("c", "--quantile", "1"), ("d", "--quantile", "1", "--clip-learning-rate", "0.1"))
+    ]
+    middle, widest, slower = (path[-1] / path[0] for path in bounds)
+    assert middle < widest
+    assert 1 < slower < widest
+    capsys.readouterr()
+    too_little = ("--noise-multiplier", "1.5", "--count-noise-multiplier", "1.5")
+    assert "the counts alone would spend the budget" in failed(capsys, "train", *TINY, *options, *too_little)
+
+
 # Eight steps, kept after 3 and 6, which are epochs, and after 4 and 8, where they are evaluated.
 LONGER = ("--batch-size", "512", "--epochs", "2.5", "--seed", "4")
 
@@ -225,6 +249,26 @@ def test_a_run_goes_on_as_it_was_started_or_not_at_all(tmp_path, no_timings, see
     assert "no run to go on with" in failed(capsys, *same, "--resume")
 
 
+@pytest.mark.parametrize(
+    ("option", "was"),
+    [
+        (("--quantile", "0.6"), "'quantile': 0.75"),
+        (("--count-noise-multiplier", "30"), "'count_noise_multiplier': 40.0"),
+        (("--clip-learning-rate", "0.3"), "'learning_rate': 0.125"),
+    ],
+)
+def test_adaptive_clipping_goes_on_by_its_own_numbers(option, was, tmp_path, no_timings, seen, capsys):
+    """Catches: bounds that follow another quantile, or counts with other noise, after a run was cut off."""
+    numbers = ("--quantile", "0.75", "--count-noise-multiplier", "40", "--clip-learning-rate", "0.125")
+    options = ("--clipping", "adaptive", "--noise-multiplier", "1")
+    cut_off(seen, tmp_path, *options, *numbers)
+    capsys.readouterr()
+    same = ("train", *LONGER, *options, *numbers, "--out", str(tmp_path), "--resume")
+    message = failed(capsys, *same, *option)  # the last of two wins
+    assert was in message
+    assert option[1] in message
+
+
 def test_a_run_without_a_seed_goes_on_by_its_own_key(tmp_path, no_timings, seen, capsys):
     """Catches: a new key for the second half."""
     options = ("--batch-size", "512", "--epochs", "2.5", "--noise-multiplier", "0")
@@ -293,6 +337,14 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, caps
         (["--no-dp", "--clip-norm", "1"], "--clip-norm: not allowed with --no-dp"),
         (["--no-dp", "--clipping", "flat"], "--clipping: not allowed with --no-dp"),
         (["--clipping", "soft"], "invalid choice: 'soft'"),
+        (["--quantile", "0.5"], "--quantile: not allowed without --clipping adaptive"),
+        (
+            ["--clipping", "per_layer", "--count-noise-multiplier", "9"],
+            "--count-noise-multiplier: not allowed without --clipping adaptive",
+        ),
+        (["--no-dp", "--clip-learning-rate", "1"], "--clip-learning-rate: not allowed without --clipping adaptive"),
+        (["--clipping", "adaptive", "--quantile", "1.5"], "expected a number from 0 to 1, got '1.5'"),
+        (["--clipping", "adaptive", "--clip-learning-rate", "0"], "expected a number > 0, got '0'"),
         (["--resume"], "--resume: needs --out"),
         (["--no-dp", "--noise-multiplier", "0"], "--noise-multiplier: not allowed with --no-dp"),
         (["--data-dir", "."], "--data-dir: not allowed with --data digits"),

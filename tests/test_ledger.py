@@ -8,7 +8,7 @@ import torch
 
 import pegrad
 from pegrad import accounting, optim, random, trees
-from pegrad.ledger import Entry, Ledger, recorded
+from pegrad.accounting.ledger import Entry, Ledger, recorded
 from pegrad.sampling import PoissonSampler, ShuffledSampler
 
 SAMPLER = PoissonSampler(1000, 0.01)

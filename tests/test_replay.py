@@ -360,12 +360,88 @@ def test_wrong_arguments_are_refused():
         auditing.replay(plain, *given, sensitivity=0.0)
 
 
-def test_an_adaptive_step_is_refused():
-    """Catches: a step said to hold although half of what it released was not looked at."""
-    clip_norm = pegrad.Adaptive(1.0, count_noise_multiplier=9.0)
+ADAPTIVE = {
+    "flat": pegrad.Adaptive(1.0, count_noise_multiplier=9.0, learning_rate=0.3),
+    "groups": pegrad.Adaptive(pegrad.clipping.PerLeaf(1.0), count_noise_multiplier=9.0, quantile=0.8),
+}
+
+
+def adaptive(name, normalize_by=2.5, kind=pegrad.DPSGD):
     step = pegrad.dp_sgd(
-        loss, auditing.recording(optim.sgd(LR)), clip_norm=clip_norm, noise_multiplier=1, expected_batch_size=1
+        two_leaves,
+        OPTIMIZER,
+        clip_norm=ADAPTIVE[name],
+        noise_multiplier=SIGMA,
+        expected_batch_size=normalize_by,
     )
+    return kind(**vars(step))
+
+
+def two_leaves(params, x):
+    return params["w"] @ x + params["v"] * x.sum()
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_an_adaptive_step_holds(name):
+    """Catches: a comparison by the first bounds and not by the state's; counts that move by more than a half each."""
+    step = adaptive(name)
     state = step.init(PARAMS, random.key(0))
-    with pytest.raises(pegrad.ArgumentError, match="adaptive"):
-        auditing.replay(step, PARAMS, state, (OPPOSED, None), (OPPOSED[:3], None), sensitivity=1.0)
+    state = state._replace(bounds=tuple(3 * bound for bound in state.bounds))
+    given = (OPPOSED, None), (OPPOSED[:3], None)
+    report = auditing.replay(step, PARAMS, state, *given, sensitivity=step.clipped_at(state).sensitivity)
+    assert report.holds
+    assert report.count_distance == pytest.approx(1, abs=1e-9)
+    assert report.distance == pytest.approx(step.clipped_at(state).sensitivity, rel=1e-6)
+    assert not auditing.replay(step, PARAMS, state, *given, sensitivity=step.clipped_grad.sensitivity).holds
+    same = auditing.replay(step, PARAMS, state, given[0], given[0], sensitivity=1.0)
+    assert same.count_distance == same.distance == 0
+
+
+class ByTheActualSize(pegrad.DPSGD):
+    """Divides its counts by the size of the batch, as Opacus does."""
+
+    def bounds(self, before, after, batch):
+        power = self.clipped_grad.normalize_by / len(batch)
+        return tuple(a * (b / a) ** power for a, b in zip(before, after, strict=True))
+
+    def __call__(self, params, state, batch, mask=None):
+        out = super().__call__(params, state, batch, mask)
+        return out._replace(state=out.state._replace(bounds=self.bounds(state.bounds, out.state.bounds, batch)))
+
+
+class ByTheNorm(ByTheActualSize):
+    """Takes the largest norm in the batch for its next bound."""
+
+    def bounds(self, before, after, batch):
+        return tuple(bound * float(batch.norm(dim=1).max()) for bound in after)
+
+
+class ByAGlobalGenerator(ByTheActualSize):
+    """Adds noise to its bounds that no key knows."""
+
+    def bounds(self, before, after, batch):
+        return tuple(bound * (1 + 1e-9 * float(torch.rand(()))) for bound in after)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("kind", [ByTheActualSize, ByTheNorm, ByAGlobalGenerator])
+def test_bounds_that_tell_more_than_the_counts_are_found(name, kind):
+    """Catches: a step said to hold although half of what it released was not looked at."""
+    step = adaptive(name, normalize_by=8.0, kind=kind)
+    state = step.init(PARAMS, random.key(0))
+    larger = torch.cat([OPPOSED, 5 * OPPOSED[-1:]])
+    report = auditing.replay(
+        step, PARAMS, state, (larger, None), (OPPOSED, None), sensitivity=step.clipped_at(state).sensitivity
+    )
+    assert report.distance <= report.bound
+    assert not report.holds
+
+
+def test_bounds_without_a_step_that_says_how_they_move_are_refused():
+    """Catches: counts that are not looked at."""
+    step = adaptive("flat")
+    state = step.init(PARAMS, random.key(0))
+    with pytest.raises(pegrad.ArgumentError, match=r"without step\.adaptive"):
+        auditing.replay(
+            lambda *given: step(*given), PARAMS, state, (OPPOSED, None), (OPPOSED[:3], None), sensitivity=1.0
+        )

@@ -1,6 +1,7 @@
 """Per-example gradients and differentially private SGD for pure PyTorch functions."""
 
 from pegrad import accounting, auditing, clipping, modules, optim, random, sampling
+from pegrad.accounting.ledger import Entry, Ledger
 from pegrad.accumulation import Added, Sums
 from pegrad.adaptive import Adaptive
 from pegrad.check import check
@@ -20,7 +21,6 @@ from pegrad.errors import (
     StrategyError,
 )
 from pegrad.explain import Explanation, autotune, explain
-from pegrad.ledger import Entry, Ledger
 from pegrad.memory import largest_microbatch
 from pegrad.modules import from_module, to_module
 from pegrad.per_example import (
@@ -46,7 +46,7 @@ from pegrad.statistics import (
 )
 from pegrad.strategies import STRATEGIES, Auto, BookKeeping, Ghost, GroupedConv, Naive, Stacking, Strategy, Vmap
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "DPSGD",

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pegrad import random, trees
 from pegrad._validate import check_scale, check_size
+from pegrad.accounting.ledger import Entry, Ledger, recorded
 from pegrad.adaptive import Adaptive, Bounded, Bounds, centred_counts
 from pegrad.clipping import Clipping, as_clipping
 from pegrad.errors import ArgumentError
-from pegrad.ledger import Entry, Ledger, recorded
 from pegrad.numerics import accumulator
 from pegrad.optim import GradientTransformation
 from pegrad.per_example import ClippedGrad, Loss

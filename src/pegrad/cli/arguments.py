@@ -16,6 +16,7 @@ from pegrad.papers.training import CLIPPINGS, PRESETS
 from pegrad.strategies import STRATEGIES
 
 _ONLY_WITH_DP = ("strategy", "noise_multiplier", "epsilon", "delta", "clipping", "clip_norm", "microbatch_size")
+_ONLY_WITH_ADAPTIVE = ("quantile", "count_noise_multiplier", "clip_learning_rate")
 
 _TRAIN = """Train the MNIST network of Rochette et al. 2019, with DP-SGD or without, and time the strategies on it.
 
@@ -61,6 +62,7 @@ _positive = _checked(float, lambda value: 0 < value < math.inf, "a number > 0")
 _not_negative = _checked(float, lambda value: 0 <= value < math.inf, "a number >= 0")
 _probability = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 _rate = _checked(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
+_fraction = _checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _count = _checked(int, lambda value: value >= 1, "a whole number >= 1")
 _natural = _checked(int, lambda value: value >= 0, "a whole number >= 0")
 _device = _checked(torch.device, _is_here, "cpu, or cuda where there is such a device")
@@ -106,6 +108,17 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--delta", type=_probability, help="delta of the guarantee")
     parser.add_argument("--clipping", choices=[*CLIPPINGS], help="how gradients are clipped (default: flat)")
     parser.add_argument("--clip-norm", type=_positive, metavar="C", help="bound on each example's gradient norm")
+    adaptive = parser.add_argument_group("of --clipping adaptive", "where --clip-norm is but the first bound")
+    adaptive.add_argument("--quantile", type=_fraction, metavar="Q", help="examples to leave unclipped (default: 0.5)")
+    adaptive.add_argument(
+        "--count-noise-multiplier",
+        type=_not_negative,
+        metavar="SIGMA",
+        help="noise std / sensitivity of the counts, above that of the whole step (default: a tenth of --batch-size)",
+    )
+    adaptive.add_argument(
+        "--clip-learning-rate", type=_positive, metavar="R", help="how fast the bound moves (default: 0.2)"
+    )
     parser.add_argument("--microbatch-size", type=_count, metavar="M", help="examples at a time (default: all)")
     parser.add_argument("--batch-size", type=_count, metavar="B", help="examples in a batch, on average with DP-SGD")
     parser.add_argument("--epochs", type=_positive, help="passes over the training set, or a part of one")
@@ -214,9 +227,16 @@ def _check_train(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         options.data_dir = Path(os.environ["PEGRAD_DATA"]) / "mnist"
     if options.resume and options.out is None:
         parser.error("argument --resume: needs --out, the folder of the run that was cut off")
-    given = [name for name in _ONLY_WITH_DP if getattr(options, name) is not None]
-    if given and not options.dp:
-        parser.error(f"argument --{given[0].replace('_', '-')}: not allowed with --no-dp")
+    if not options.dp:
+        _refuse(parser, options, _ONLY_WITH_DP, "with --no-dp")
+    if options.clipping != "adaptive":
+        _refuse(parser, options, _ONLY_WITH_ADAPTIVE, "without --clipping adaptive")
+
+
+def _refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str], where: str) -> None:
+    given = [name for name in names if getattr(options, name) is not None]
+    if given:
+        parser.error(f"argument --{given[0].replace('_', '-')}: not allowed {where}")
 
 
 def _preset(name: str) -> str:

@@ -23,7 +23,7 @@ from pegrad.adaptive import Adaptive
 from pegrad.cli import checkpoints
 from pegrad.cli.checkpoints import Checkpoint
 from pegrad.cli.tables import timings
-from pegrad.clipping import as_clipping
+from pegrad.clipping import Clipping, as_clipping
 from pegrad.errors import ArgumentError
 from pegrad.papers import comparison, data, plots
 from pegrad.papers.data import Dataset
@@ -102,8 +102,21 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, Privacy | None]:
     privacy = replace(privacy, **changes)
     if options.clipping is not None:
         assert isinstance(privacy.clip_norm, float), "presets and --clip-norm give a number"
-        privacy = replace(privacy, clip_norm=CLIPPINGS[options.clipping](privacy.clip_norm, settings.batch_size))
+        clipping = CLIPPINGS[options.clipping](privacy.clip_norm, settings.batch_size)
+        privacy = replace(privacy, clip_norm=_adapted(options, clipping))
     return settings, privacy
+
+
+def _adapted(options: argparse.Namespace, clipping: float | Clipping | Adaptive) -> float | Clipping | Adaptive:
+    """Put the options of adaptive clipping that were given in the place of its defaults."""
+    if not isinstance(clipping, Adaptive):
+        return clipping
+    values = {
+        "quantile": options.quantile,
+        "count_noise_multiplier": options.count_noise_multiplier,
+        "learning_rate": options.clip_learning_rate,
+    }
+    return replace(clipping, **{name: value for name, value in values.items() if value is not None})
 
 
 def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _checked(number: int, entry: Any) -> tuple[Entry, Sampler]:
         return ArgumentError(f"Entry {number} of the ledger: expected {what}, got {got}. The ledger was changed.")
 
     if not isinstance(entry, Entry):
-        raise refuse("a pegrad.ledger.Entry", type(entry).__name__)
+        raise refuse("a pegrad.Entry", type(entry).__name__)
     if not _number(entry.noise_multiplier):
         raise refuse("noise_multiplier to be a finite number >= 0", repr(entry.noise_multiplier))
     if entry.count_noise_multiplier is not None and not _number(entry.count_noise_multiplier):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pegrad.balls_in_bins import BallsInBinsEvent, divergences
+from pegrad.accounting.balls_in_bins import BallsInBinsEvent, divergences
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
