@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, then show all of it."""
     parser = runner.parser("The shapes that people train, beside Opacus.", clipped_grad.EFFORTS)
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="these workloads; all of the scale's")
-    parser.set_defaults(points="modules", picture="modules", contestants=CONTESTANTS, optimizers=())
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], help="these; all")
+    parser.set_defaults(points="modules", picture="modules", optimizers=())
     options = runner.parse(parser, argv)
     options.only = options.only or ROWS[options.scale]
     if unknown := set(options.only) - set(SCALES[options.scale]):
