@@ -125,6 +125,6 @@ def note_diagonals(found: Squares, products: Tensor, weights: Tensor, offset: in
 
 
 def _columns_by_symmetry(positions: int) -> int:
-    """Columns of a block: few enough that leaving out a triangle saves, enough for the matrix product."""
-    blocks = 1 if positions < 48 else 2 if positions < 160 else 3 if positions < 400 else 4
-    return -(-positions // blocks)
+    """Columns of a block: few enough that leaving out a triangle saves; a multiple of 16, as matrix products like it."""
+    blocks = -(-positions // 48)
+    return positions if blocks == 1 else 16 * round(positions / blocks / 16)
