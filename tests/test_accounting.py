@@ -186,10 +186,8 @@ def _exact_delta(sigma, eps, others, rate, rows, on_overflow):
         (0.5, 1.0, 19),
         (2.0, 1.0, 10),
         (2.0, 0.99, 20),
-        (2.0, 0.99, 19),
-        (0.5, 0.7, 18),
         (0.5, 0.3, 10),
-        (0.5, 0.3, 14),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2.0, 0.99, 19), (0.5, 0.7, 18), (0.5, 0.3, 14)]),
     ],
 )
 def test_no_step_costs_more_than_is_charged(sigma, rate, rows, on_overflow):
@@ -562,7 +560,12 @@ def test_balls_in_bins_composes_with_the_others():
 
 
 @pytest.mark.parametrize(
-    "sampler", [CyclicPoissonSampler(2000, 0.2, 4), BallsInBinsSampler(2000, 10), FixedSizeSampler(2000, 50)]
+    "sampler",
+    [
+        CyclicPoissonSampler(2000, 0.2, 4),
+        BallsInBinsSampler(2000, 10),
+        pytest.param(FixedSizeSampler(2000, 50), marks=pytest.mark.slow),
+    ],
 )
 def test_other_samplers_are_calibrated(sampler):
     sigma = noise_multiplier_for(4.0, 1e-5, sampler, 100)
@@ -649,7 +652,7 @@ def test_users_without_an_accountant_are_refused(sampler):
         (8.0, PoissonSampler(2000, 0.2), 100, "rdp"),
         (0.5, PoissonSampler(2000, 0.05), 300, "pld"),
         (30.0, PoissonSampler(2000, 1.0), 3, "pld"),
-        (50.0, PoissonSampler(100, 0.5, 40, "truncate"), 10, "pld"),
+        pytest.param(50.0, PoissonSampler(100, 0.5, 40, "truncate"), 10, "pld", marks=pytest.mark.slow),
     ],
 )
 def test_calibration_never_overshoots_and_is_tight(target, sampler, steps, accountant):

@@ -22,9 +22,10 @@ pytestmark = [
 ]
 
 B, T, D, H = 3, 4, 3, 2
-STRATEGIES = [*pegrad.STRATEGIES]
+ALIKE = "book_keeping", "grouped_conv", "naive"  # they run what ghost, vmap and the loop itself run
+STRATEGIES = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in pegrad.STRATEGIES]
 TRACED = ["ghost", "book_keeping", "auto"]
-VECTORISED = [name for name in STRATEGIES if name != "naive"]
+VECTORISED = [name for name in pegrad.STRATEGIES if name != "naive"]
 KINDS = {
     "lstm": nn.LSTM,
     "projected lstm": lambda d, h, *layers, **options: nn.LSTM(d, h + 1, *layers, proj_size=h, **options),

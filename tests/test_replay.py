@@ -75,7 +75,7 @@ def close(actual, expected, scale=1.0):
 
 
 @pytest.mark.parametrize("how", ["mask", "absence"])
-@pytest.mark.parametrize("microbatch_size", [None, 2])
+@pytest.mark.parametrize("microbatch_size", [pytest.param(None, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("strategy", pegrad.STRATEGIES)
 @pytest.mark.parametrize("model", MODELS)
 def test_neighbours_differ_by_the_clipped_row_alone(monkeypatch, model, strategy, microbatch_size, how):
