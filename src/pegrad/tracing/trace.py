@@ -191,7 +191,7 @@ class Trace(TorchFunctionMode):
         tensors = _tensors(args, kwargs)
         parameters = [t for t in tensors if self.is_parameter(t)]
         witness = next((t for t in tensors if is_batched(t)), None)
-        name = getattr(func, "__name__", str(func))
+        name = getattr(func, "__name__", None) or str(func)
         if witness is not None:
             if func in QUESTIONS and not nested:
                 return self._inquiry.ask(func, args, kwargs)
