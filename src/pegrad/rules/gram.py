@@ -125,6 +125,6 @@ def note_diagonals(found: Squares, products: Tensor, weights: Tensor, offset: in
 
 
 def _columns_by_symmetry(positions: int) -> int:
-    """Columns of a block: few enough that leaving out a triangle saves; a multiple of 16, as matrix products like it."""
+    """Columns of a block: few enough that leaving out a triangle saves; a multiple of 16, which products like."""
     blocks = -(-positions // 48)
     return positions if blocks == 1 else 16 * round(positions / blocks / 16)
