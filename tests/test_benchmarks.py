@@ -178,7 +178,7 @@ def test_clipped_grad_runs_through_and_resumes(module, tmp_path, capsys) -> None
     module("table1").main(arguments[:6])
     points = json.loads(path.read_text())["points"]
     assert {key: points[key] for key in found} == found
-    assert {key.split("/")[-1] for key in points} == {*names, "adam", "vmap", "grouped_conv"}
+    assert {key.split("/")[-1] for key in points} == {*names, "adam", "naive", "vmap", "grouped_conv"}
     assert (tmp_path / "table1_smoke_cpu.png").stat().st_size > 10_000
 
 
