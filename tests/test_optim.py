@@ -517,3 +517,20 @@ def test_a_schedule_is_checked_when_it_is_used() -> None:
         optimizer = build(lambda step: -1.0)
         with pytest.raises(ArgumentError, match=rf"{name}=-1\.0"):
             optimizer.update(params, optimizer.init(params), params)
+
+
+def test_a_chain_has_no_link_that_writes_over_the_gradients() -> None:
+    """Catches: TorchOpt's default, by which an update is made in the memory of the gradients, inside a chain."""
+
+    class InPlace:
+        init = staticmethod(lambda params: ())
+
+        @staticmethod
+        def update(updates, state, *, params=None, inplace=True):
+            return (updates.mul_(2) if inplace else 2 * updates), state
+
+    grads = torch.ones(3)
+    chained = optim.chain(InPlace())
+    updates, _ = chained.update(grads, chained.init(grads), grads)
+    assert torch.equal(grads, torch.ones(3))
+    assert torch.equal(updates, torch.full((3,), 2.0))

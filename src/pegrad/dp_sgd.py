@@ -1,6 +1,5 @@
 """The stateless step of differentially private SGD: clip, add noise, update."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from pegrad.adaptive import Adaptive, Bounded, Bounds, centred_counts
 from pegrad.clipping import Clipping, as_clipping
 from pegrad.errors import ArgumentError
 from pegrad.numerics import accumulator
-from pegrad.optim import GradientTransformation
+from pegrad.optim.base import as_transformation
 from pegrad.per_example import ClippedGrad, Loss
 from pegrad.sampling import Sampler
 from pegrad.strategies import Strategy, resolve
@@ -190,7 +189,7 @@ def dp_sgd(
     gradient_noise = adaptive.gradient_noise_multiplier(noise_multiplier) if adaptive else noise_multiplier
     clipping = clip_norm.clipping if isinstance(clip_norm, Adaptive) else as_clipping(clip_norm)
     clipped = ClippedGrad(loss, clipping, resolve(strategy), microbatch_size, expected_batch_size)
-    pair = pure(optimizer)
+    pair = as_transformation(optimizer)
     return DPSGD(clipped, pair.update, pair.init, noise_multiplier, gradient_noise, adaptive, sampler)
 
 
@@ -377,26 +376,3 @@ def _joined(seen: list[Metrics], param: Tensor) -> Metrics:
         torch.stack(non_finite).sum(),
         torch.cat(masks),
     )
-
-
-def pure(optimizer: Any) -> GradientTransformation:
-    """Make a pair of an optimizer, whose update changes nothing in place, whatever it takes its parameters for.
-
-    Raises:
-        ArgumentError: it has no `init` and `update`, and is no pair of functions.
-    """
-    if isinstance(optimizer, tuple) and len(optimizer) == 2 and all(map(callable, optimizer)):
-        optimizer = GradientTransformation(*optimizer)
-    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
-        raise ArgumentError(
-            f"Expected optimizer to have init and update, got {type(optimizer).__name__}: use pegrad.optim, TorchOpt's "
-            "functional transformations or a pair of your own; a torch.optim.Optimizer changes parameters in place: "
-            "hand it what step.release returns"
-        )
-    accepted = inspect.signature(optimizer.update).parameters
-    if "inplace" in accepted:  # TorchOpt's default writes the updates over the gradients
-        return GradientTransformation(
-            optimizer.init,
-            lambda grads, state, params: optimizer.update(grads, state, params=params, inplace=False),
-        )
-    return GradientTransformation(optimizer.init, optimizer.update)

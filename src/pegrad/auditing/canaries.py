@@ -11,9 +11,9 @@ from pegrad import trees
 from pegrad._validate import check_positive
 from pegrad.auditing.bounds import check_test
 from pegrad.auditing.guesses import OneRun, check_included, one_run
-from pegrad.dp_sgd import pure
 from pegrad.errors import ArgumentError, LeafError
 from pegrad.optim import GradientTransformation
+from pegrad.optim.base import as_transformation
 from pegrad.per_example import Loss, per_example_norm
 from pegrad.statistics import per_example_dot
 from pegrad.trees import PyTree
@@ -43,7 +43,7 @@ def recording(optimizer: Any) -> GradientTransformation:
     Raises:
         ArgumentError: `optimizer` has no `init` and `update`.
     """
-    pair = pure(optimizer)
+    pair = as_transformation(optimizer)
 
     def init(params: PyTree) -> Recorded:
         return Recorded(trees.map(torch.zeros_like, params), pair.init(params))

@@ -1,5 +1,6 @@
 """What an optimizer is: a pair of pure functions, and chains of such pairs."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,16 +31,27 @@ Pair = (
 
 
 def as_transformation(pair: Any) -> GradientTransformation:
-    """Return a pair `(init, update)` of any kind as a transformation.
+    """Return a pair `(init, update)` of any kind as a transformation, whose update changes nothing in place.
+
+    Args:
+        pair: a transformation, TorchOpt's or ours, whatever it takes its parameters for; or a plain tuple.
 
     Raises:
         ArgumentError: it is no such pair.
     """
-    if callable(getattr(pair, "init", None)) and callable(getattr(pair, "update", None)):
-        return GradientTransformation(pair.init, pair.update)
-    if isinstance(pair, tuple) and len(pair) == 2 and all(callable(function) for function in pair):
-        return GradientTransformation(*pair)
-    raise ArgumentError(f"Expected a transformation, or a pair of functions (init, update), got {type(pair).__name__}.")
+    if isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair)):
+        pair = GradientTransformation(*pair)
+    if not callable(getattr(pair, "init", None)) or not callable(getattr(pair, "update", None)):
+        raise ArgumentError(
+            f"Expected optimizer to have init and update, got {type(pair).__name__}: use pegrad.optim, TorchOpt's "
+            "functional transformations or a pair of functions of your own; a torch.optim.Optimizer changes "
+            "parameters in place: hand it what step.release returns"
+        )
+    if "inplace" in inspect.signature(pair.update).parameters:  # TorchOpt's default writes updates over the gradients
+        return GradientTransformation(
+            pair.init, lambda grads, state, params: pair.update(grads, state, params=params, inplace=False)
+        )
+    return GradientTransformation(pair.init, pair.update)
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
