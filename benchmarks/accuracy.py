@@ -82,7 +82,7 @@ class Scale(NamedTuple):
 
 _DIGITS = Recipe(256 / 1437, 30, 1e-4, 1, 0.0, copies=(1, 4, 16))
 _MNIST = Recipe(2048 / 60_000, 20, 1e-5, 2, -data.MNIST_MEAN / data.MNIST_STD, copies=(1, 4, 16))
-_RATES = 0.05, 0.1, 0.2, 0.4
+_RATES = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4
 SCALES = {
     "smoke": Scale(
         _DIGITS._replace(epochs=0.5, copies=(1, 4)),
