@@ -39,7 +39,7 @@ class _FakeStream:
 
 
 def _fake(monkeypatch: pytest.MonkeyPatch, pattern: bytes) -> None:
-    monkeypatch.setattr(random, "_keystream", lambda key, purpose: _FakeStream(pattern))
+    monkeypatch.setattr(random, "_keystream", lambda *_: _FakeStream(pattern))
 
 
 # Keys
@@ -149,9 +149,9 @@ def test_purposes_use_different_streams(monkeypatch):
     """Catches a uniform, a normal or a permutation that runs on the keystream of another, or on a child's key."""
     original, streams = random._keystream, []
 
-    def recorded(key, purpose):
+    def recorded(key, purpose, *position):
         streams.append(original(key, purpose).update(bytes(32)))
-        return original(key, purpose)
+        return original(key, purpose, *position)
 
     monkeypatch.setattr(random, "_keystream", recorded)
     key = random.key(1)
@@ -242,6 +242,36 @@ def test_counts_around_the_block_size():
         sample = random.normal(random.key(4), (count,), dtype=torch.float64)
         assert len(sample.unique()) == count
         assert sample[-1000:].std() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_slice_is_that_of_the_whole(monkeypatch, dtype):
+    """Catches a keystream that is entered at a wrong place, a last block taken for a full one, a part off by one."""
+    monkeypatch.setattr(random, "_BLOCK", 32)
+    for numel in (0, 1, 31, 32, 33, 63, 65, 96, 101):
+        whole = random.normal(random.key(5), (numel,), dtype=dtype)
+        for start, stop in itertools.combinations_with_replacement(range(numel + 1), 2):
+            assert torch.equal(random.normal_slice(random.key(5), numel, start, stop, dtype=dtype), whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_slices_across_the_edges_of_real_blocks(dtype):
+    block, numel = random._BLOCK, 3 * random._BLOCK + 7
+    whole = random.normal(random.key(5), (numel,), dtype=dtype)
+    cuts = [0, 3, block - 1, block + 1, 2 * block, 2 * block + 5, 3 * block + 2, numel]
+    parts = [random.normal_slice(random.key(5), numel, *cut, dtype=dtype) for cut in itertools.pairwise(cuts)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_slice_makes_no_more_than_its_blocks(monkeypatch):
+    """Catches a stream that is read from its beginning: the last numbers of 10^15 would take years."""
+    asked = []
+    words = random._words
+    monkeypatch.setattr(
+        random, "_words", lambda stream, count, *rest: asked.append(count) or words(stream, count, *rest)
+    )
+    assert len(random.normal_slice(random.key(0), 10**15, 10**15 - 5, 10**15)) == 5
+    assert sum(asked) <= random._BLOCK + 2
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -424,6 +454,9 @@ def test_what_is_not_a_key_is_refused(key):
         (lambda key: random.normal(key, (2,), dtype=torch.complex64), "dtype=torch.complex64"),
         (lambda key: random.uniform(key, (2,), dtype=torch.uint8), "dtype=torch.uint8"),
         (lambda key: random.normal(key, (-1,)), "shape >= 0, got shape=-1"),
+        (lambda key: random.normal_slice(key, 5, 3, 2), "start <= stop <= numel, got start=3, stop=2, numel=5"),
+        (lambda key: random.normal_slice(key, 5, 3, 6), "start <= stop <= numel, got start=3, stop=6, numel=5"),
+        (lambda key: random.normal_slice(key, 5, -1, 2), "start >= 0, got start=-1"),
         (lambda key: random.uniform(key, 3), "shape to be a sequence of integers, got int"),
     ],
 )

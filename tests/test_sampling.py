@@ -55,7 +55,7 @@ def test_poisson_compares_all_53_bits(monkeypatch, word, drawn):
         def update_into(self, zeros, buffer):
             buffer[: len(zeros)] = word.to_bytes(8, "little") * (len(zeros) // 8)
 
-    monkeypatch.setattr(random, "_keystream", lambda key, purpose: Constant())
+    monkeypatch.setattr(random, "_keystream", lambda *_: Constant())
     assert PoissonSampler(3, 2.0**-33, 3)(random.key(0), 0).mask.any() == drawn
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "fold_in",
     "key",
     "normal",
+    "normal_slice",
     "permutation",
     "split",
     "torch_generators",
@@ -137,13 +138,60 @@ def normal(
         >>> normal(key(0), (2, 3)).shape
         torch.Size([2, 3])
     """
-    precision = _precision(dtype)
     shape = _shape(shape)
-    stream = _keystream(key, b"pegrad normal")
-    out = torch.empty(math.prod(shape), dtype=precision.compute, device=device)
-    for block in out.split(_BLOCK):
-        _box_muller(stream, precision, block)
-    return out.to(dtype).view(shape)
+    numel = math.prod(shape)
+    return normal_slice(key, numel, 0, numel, dtype=dtype, device=device).view(shape)
+
+
+def normal_slice(
+    key: Tensor,
+    numel: int,
+    start: int,
+    stop: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw a part of what `normal` would draw, without the rest: a shard's noise, say.
+
+    Time and memory are those of the part and of at most two blocks of 2^18 numbers, wherever it begins.
+
+    Guarantee:
+        `normal(key, (numel,), ...)[start:stop]`, bit for bit, so parts that do not overlap share no value of the
+        keystream, and parts that cover everything are the whole. Test: `test_a_slice_is_that_of_the_whole`.
+
+    Args:
+        key: the key, `uint8` of shape (32,).
+        numel: how many numbers the whole has.
+        start: the first number of the part, at least 0.
+        stop: one after the last, from `start` to `numel`.
+        dtype: float64, float32, bfloat16 or float16.
+        device: where the result lies; None is torch's default device.
+
+    Returns:
+        A tensor of shape (stop - start,) of the given dtype and device.
+
+    Raises:
+        ArgumentError: `key` is not a key, the part does not lie within the whole, or the dtype is none of the four.
+    """
+    precision = _precision(dtype)
+    numel, start, stop = natural("numel", numel), natural("start", start), natural("stop", stop)
+    if not start <= stop <= numel:
+        raise ArgumentError(f"Expected start <= stop <= numel, got start={start}, stop={stop}, numel={numel}.")
+    first = start // _BLOCK
+    of_a_block = _BLOCK // 2 * (torch.int64.itemsize + precision.word.itemsize)
+    stream = _keystream(key, b"pegrad normal", first * of_a_block)
+    out = torch.empty(stop - start, dtype=precision.compute, device=device)
+    for begin in range(first * _BLOCK, stop, _BLOCK):
+        end = min(begin + _BLOCK, numel)
+        mine = out[max(begin - start, 0) : end - start]
+        if mine.numel() == end - begin:
+            _box_muller(stream, precision, mine)
+        else:
+            block = out.new_empty(end - begin)
+            _box_muller(stream, precision, block)
+            mine.copy_(block[max(start - begin, 0) :][: mine.numel()])
+    return out.to(dtype)
 
 
 def tree_normal(key: Tensor, tree: trees.PyTree) -> trees.PyTree:
@@ -255,13 +303,13 @@ def _words(stream: CipherContext, count: int, word: torch.dtype, device: torch.d
     return torch.from_numpy(np.frombuffer(buffer, np.uint8, size)).view(word).to(device)
 
 
-def _keystream(key: Tensor, purpose: bytes) -> CipherContext:
-    """Start the keystream of a key for one purpose.
+def _keystream(key: Tensor, purpose: bytes, position: int = 0) -> CipherContext:
+    """Start the keystream of a key for one purpose, at a byte that is a multiple of the cipher's 16.
 
-    The counter starts at 0 because the AES key is derived for this one stream.
+    The counter of the whole stream starts at 0 because the AES key is derived for this one stream.
     """
     derived = derive(key_bytes(key), purpose, 0)
-    return Cipher(algorithms.AES(derived), modes.CTR(bytes(16))).encryptor()
+    return Cipher(algorithms.AES(derived), modes.CTR((position // 16).to_bytes(16, "big"))).encryptor()
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:

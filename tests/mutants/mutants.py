@@ -1341,6 +1341,13 @@ MUTANTS = [
     ),
     Mutant(
         "random.py",
+        "first * of_a_block)",
+        "0)",
+        "test_random.py -k slice",
+        "a shard gets the noise of another",
+    ),
+    Mutant(
+        "random.py",
         "words.bitwise_and_((1 << precision.resolution) - 1).add_(1)",
         "words.bitwise_and_((1 << precision.resolution) - 1)",
         "test_random.py -k test_uniform",
