@@ -16,6 +16,7 @@ from pegrad.errors import ArgumentError
 from pegrad.numerics import accumulator
 from pegrad.optim.base import as_transformation
 from pegrad.per_example import ClippedGrad, Loss
+from pegrad.ranks import ALONE, Ranks
 from pegrad.sampling import Sampler
 from pegrad.strategies import Strategy, resolve
 from pegrad.tracing.eager import outermost
@@ -294,13 +295,26 @@ class DPSGD:
             LeafError, LossError: as `pegrad.per_example_grad`.
         """
         grads, after, metrics = self.release(params, state, microbatches)
+        noisy = [grads]
+        del grads
+        return Step(*self.updated(params, noisy, after), metrics)
+
+    def updated(self, params: PyTree, noisy: list[PyTree], state: State) -> tuple[PyTree, State]:
+        """Let the optimizer make an update of what a step released.
+
+        Args:
+            params: what the step was taken from.
+            noisy: the noisy gradients, in a list that they are taken out of, so that they can be let go.
+            state: what `release` returned.
+
+        Returns:
+            New parameters, and the state with the optimizer's.
+        """
         with torch.no_grad():
             params = trees.map(Tensor.detach, params)
-            noisy = [grads]
-            del grads
-            updates, optimizer = self.update(noisy.pop(), state.optimizer, params)  # popped, so that it can be freed
+            updates, optimizer = self.update(noisy.pop(), state.optimizer, params)
             params = trees.map(lambda p, u: p + u.to(p.dtype), params, updates)
-        return Step(params, after._replace(optimizer=optimizer), metrics)
+        return params, state._replace(optimizer=optimizer)
 
     @outermost
     def release(self, params: PyTree, state: State, microbatches: Iterable[tuple[PyTree, Tensor | None]]) -> Release:
@@ -317,12 +331,32 @@ class DPSGD:
         Raises:
             ArgumentError, LeafError, LossError: as `accumulate`.
         """
+        return self.release_among(ALONE, params, state, enumerate(microbatches))
+
+    def release_among(
+        self, ranks: Ranks, params: PyTree, state: State, microbatches: Iterable[tuple[int, Any]]
+    ) -> Release:
+        """Take a step but for the update together with other ranks, of which each has some of the micro-batches.
+
+        Args:
+            ranks: what the ranks do together; `pegrad.ranks.ALONE` is `release`.
+            params: as for `accumulate`.
+            state: as for `accumulate`; the same on every rank.
+            microbatches: pairs of a number, which no other micro-batch of the batch has on any rank, and a micro-batch
+                as for `accumulate`. The random numbers that the loss draws depend on the number.
+
+        Returns:
+            As `release`, with the metrics of this rank's examples.
+
+        Raises:
+            ArgumentError, LeafError, LossError: as for `release`.
+        """
         key = random.fold_in(state.key, state.step)
-        clipped = self.clipped_at(state)
+        clipped = ranks.clipped(self.clipped_at(state))
         with torch.no_grad():
             params = trees.map(Tensor.detach, params)
             sums, seen = clipped.init(params), []
-            for number, given in enumerate(microbatches):
+            for number, given in microbatches:
                 batch, mask = _microbatch(number, given)
                 with random.torch_generators(random.fold_in(key, number), (params, batch)):
                     sums, losses, norms, aux, non_finite = clipped.add(sums, params, batch, mask)
@@ -333,9 +367,9 @@ class DPSGD:
             del sums  # lets each leaf go as its noisy one comes
             stds = [self.gradient_noise_multiplier * clipped.sensitivity] * len(leaves)
             if self.adaptive:  # the counts are one leaf more of the same release
-                leaves.append(centred_counts(metrics.norms, state.bounds, metrics.mask))
+                leaves.append(ranks.total(centred_counts(metrics.norms, state.bounds, metrics.mask)))
                 stds.append(self.adaptive.count_noise_std(state.bounds))
-            _add_noise(random.each_normal(key, leaves), leaves, stds)
+            _add_noise(ranks.each_normal(key, leaves), leaves, stds)
             bounds = state.bounds
             if self.adaptive:
                 bounds = self.adaptive.following(bounds, leaves.pop(), clipped.normalize_by)
