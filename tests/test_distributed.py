@@ -1,0 +1,337 @@
+"""The private step on 1, 2 and 4 processes: one mechanism, whatever the ranks are."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import pegrad
+from pegrad import Adaptive, optim, random
+from pegrad.clipping import PerLeaf
+from pegrad.distributed import AgreementError, ExactSum, FastSum, data_parallel, load, split
+from pegrad.dp_sgd import add_noise
+from pegrad.errors import ArgumentError
+from pegrad.sampling import Draw, PoissonSampler
+from ranks import SIZES, Pool
+
+SAMPLER = PoissonSampler(60, 0.25, max_batch_size=40)
+SUMS = {"fast": FastSum, "exact": ExactSum}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+def loss(params, example):
+    x, y = example
+    return torch.nn.functional.cross_entropy(params["b"] @ torch.tanh(params["a"] @ x), y)
+
+
+def problem(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(60, 5, generator=generator, dtype=dtype), torch.randint(0, 3, (60,), generator=generator)
+    a, b = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((4, 5), (3, 4)))
+    return {"a": a, "b": b}, data
+
+
+def private(clip_norm=1.0, noise_multiplier=0.5, optimizer=None, loss=loss, **kwargs):
+    return pegrad.dp_sgd(
+        loss,
+        optimizer or optim.adam(0.1),
+        clip_norm=clip_norm,
+        noise_multiplier=noise_multiplier,
+        expected_batch_size=15.0,
+        sampler=SAMPLER,
+        **kwargs,
+    )
+
+
+def train(group, sums, *, size=8, steps=3, step=None, draws=None, dtype=torch.float32):
+    """Take some steps, and return parameters and state."""
+    params, data = problem(dtype)
+    step = data_parallel(step or private(), group, summation=SUMS[sums])
+    state = step.init(params, random.key(1))
+    for t in range(steps):
+        draw = draws[t] if draws else SAMPLER(random.key(2), t)
+        shares = split(draw, group, microbatch_size=size)
+        params, state, _ = step.accumulate(params, state, [(load(data, share), share) for share in shares])
+    return params, state
+
+
+def alone(*, steps=3, step=None, draws=None, dtype=torch.float32):
+    """Take the same steps as one process does without this module."""
+    params, data = problem(dtype)
+    step = step or private()
+    state = step.init(params, random.key(1))
+    for t in range(steps):
+        draw = draws[t] if draws else SAMPLER(random.key(2), t)
+        params, state, _ = step(params, state, pegrad.sampling.gather(data, draw), draw.mask)
+    return params, state
+
+
+def same_bits(ours, theirs):
+    both = zip(pegrad.trees.leaves(ours), pegrad.trees.leaves(theirs), strict=True)
+    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in both)
+
+
+def drawn(*rows, room=12):
+    mask = torch.arange(room) < len(rows)
+    return Draw(torch.tensor([*rows, *[0] * (room - len(rows))]), mask)
+
+
+@pytest.mark.parametrize("sums", SUMS)
+def test_every_rank_ends_with_the_same_bits_and_they_are_those_of_one_process(pool, sums):
+    expected, _ = alone(dtype=torch.float64)
+    for size in SIZES:
+        for microbatch in 8, None:
+            answers = pool.run(job_train, size, sums, microbatch, torch.float64)
+            for params, state in answers:
+                assert same_bits((params, state.optimizer), (answers[0][0], answers[0][1].optimizer))
+                assert state.step == 3
+            for name, leaf in expected.items():
+                torch.testing.assert_close(answers[0][0][name], leaf, rtol=1e-9, atol=1e-9)
+
+
+def job_train(group, sums, size, dtype):
+    return train(group, sums, size=size, dtype=dtype)
+
+
+def test_the_exact_sum_has_the_same_bits_on_any_number_of_ranks(pool):
+    params = [pool.run(job_train, size, "exact", 8, torch.float32)[0][0] for size in SIZES]
+    assert same_bits(params[0], params[1])
+    assert same_bits(params[0], params[2])
+
+
+def test_one_rank_takes_the_step_of_a_single_process():
+    """Catches a path of its own for one rank: without a group, the bits are those of `dp_sgd`."""
+    params, _ = train(None, "fast", size=None)
+    assert same_bits(params, alone()[0])
+
+
+def test_a_share_is_a_part_of_the_draw():
+    draw = SAMPLER(random.key(2), 0)
+    (share,) = split(draw)
+    assert torch.equal(share.indices, draw.indices)
+    assert torch.equal(share.mask, draw.mask)
+    shares = split(draw, microbatch_size=16)
+    assert [len(share.mask) for share in shares] == [16, 16, 16]
+    assert torch.equal(torch.cat([share.indices[share.mask] for share in shares]), draw.indices[draw.mask])
+
+
+@pytest.mark.parametrize("draw", [drawn(), drawn(7), drawn(3, 4, 5, 6, 7), drawn(*range(12))])
+@pytest.mark.parametrize("sums", SUMS)
+def test_ranks_without_rows(pool, draw, sums):
+    """Empty, one row, uneven, full."""
+    expected, _ = alone(steps=1, draws=[draw], dtype=torch.float64)
+    for params, _ in pool.run(job_draw, 4, draw, sums):
+        for name, leaf in expected.items():
+            torch.testing.assert_close(params[name], leaf, rtol=1e-9, atol=1e-9)
+
+
+def job_draw(group, draw, sums):
+    return train(group, sums, size=None, steps=1, draws=[draw], dtype=torch.float64)
+
+
+def test_adaptive_bounds_follow_the_counts_of_all_ranks(pool):
+    step = private(Adaptive(0.5, count_noise_multiplier=3.0))
+    _, expected = alone(step=step)
+    for sums in SUMS:
+        for _, state in pool.run(job_adaptive, 4, sums):
+            assert state.bounds == pytest.approx(expected.bounds, rel=1e-12)
+    assert expected.bounds != (0.5,)
+
+
+def job_adaptive(group, sums):
+    return train(group, sums, step=private(Adaptive(0.5, count_noise_multiplier=3.0)))
+
+
+def nothing_learned(params, example):
+    return sum((leaf * 0).sum() for leaf in params.values())
+
+
+WIDE = {"w": torch.zeros(40_000)}
+
+
+def released(group, sums):
+    """Release noise alone: every gradient is zero."""
+    step = data_parallel(private(noise_multiplier=3.0, loss=nothing_learned), group, summation=SUMS[sums])
+    state = step.init(WIDE, random.key(5))
+    (share,) = split(drawn(1, 2, 3), group)
+    return step.release(WIDE, state, [(torch.zeros(len(share.mask)), share)]).grads["w"]
+
+
+def test_noise_is_added_once_whatever_the_ranks_are(pool):
+    """The law over ranks, and the two ways of getting it wrong, which this test must see."""
+    std = 3.0 / 15
+    for sums in SUMS:
+        whole = released(None, sums)
+        for size in SIZES:
+            for noise in pool.run(job_noise, size, sums):
+                assert torch.equal(noise, whole)
+                assert follows(noise, std)
+    for planted, factor in ("own keys", 2.0), ("same key", 4.0):
+        for noise in pool.run(job_planted, 4, planted):
+            assert not follows(noise, std)
+            assert follows(noise, std * factor)
+
+
+def follows(noise, std):
+    """Whether 40,000 numbers have this standard deviation; its own estimate deviates by 0.35%."""
+    return abs(noise.std().item() / std - 1) < 0.02
+
+
+def job_noise(group, sums):
+    return released(group, sums)
+
+
+def job_planted(group, which):
+    """Every rank adds noise to its own sum, and then the sums are added up."""
+    key = random.fold_in(random.key(5), dist.get_rank(group) if which == "own keys" else 0)
+    own = add_noise(key, WIDE, 3.0 / 15, step=0)["w"]
+    dist.all_reduce(own, group=group)
+    return own
+
+
+@pytest.mark.parametrize("sums", SUMS)
+def test_one_example_moves_the_sum_of_all_ranks_by_at_most_the_sensitivity(pool, sums):
+    clipping = PerLeaf(1.0)
+    for value in (0.3, 1e3, 1e30, math.inf, math.nan):
+        with_, without = (pool.run(job_neighbour, 4, sums, clipping, value, rows)[3] for rows in ((1, 2, 3), (1, 2)))
+        moved = math.sqrt(sum((with_[name] - without[name]).double().square().sum().item() for name in with_))
+        assert moved <= clipping.sensitivity / 15 * (1 + 1e-5)
+        if value == 1e3:
+            assert moved > 0
+
+
+def job_neighbour(group, sums, clipping, value, rows):
+    params, data = problem()
+    data[0][3] = value
+    step = data_parallel(private(clipping, noise_multiplier=0.0), group, summation=SUMS[sums])
+    state = step.init(params, random.key(1))
+    (share,) = split(drawn(*rows), group)
+    return step.release(params, state, [(load(data, share), share)]).grads
+
+
+def test_what_is_not_a_step_is_refused():
+    with pytest.raises(ArgumentError, match="DPSGD"):
+        data_parallel(loss)
+    with pytest.raises(ArgumentError, match="Draw of pegrad"):
+        split(torch.ones(3))
+    with pytest.raises(ArgumentError, match="microbatch_size"):
+        split(drawn(1), microbatch_size=0)
+    with pytest.raises(ArgumentError, match="DeviceMesh"):
+        data_parallel(private(), "everyone")
+    params, data = problem()
+    step = data_parallel(private())
+    state = step.init(params, random.key(1))
+    with pytest.raises(ArgumentError, match="Share of pegrad"):
+        step(params, state, data, torch.ones(60, dtype=torch.bool))
+    with pytest.raises(ArgumentError, match="micro-batch at the least"):
+        step.accumulate(params, state, [])
+    with pytest.raises(ArgumentError, match="rows in an exact sum"):
+        ExactSum(private().clipped_grad, 1 << 23, lambda leaf, own: own)
+
+
+WRONG = {
+    "key": lambda step, params, state, shares: (step, params, state._replace(key=random.key(9)), shares),
+    "number of the step": lambda step, params, state, shares: (step, params, state._replace(step=1), shares),
+    "parameters": lambda step, params, state, shares: (step, {**params, "a": params["a"] + 1e-7}, state, shares),
+    "clip norm": lambda step, params, state, shares: (private(1.5), params, state, shares),
+    "noise multiplier": lambda step, params, state, shares: (private(noise_multiplier=1), params, state, shares),
+    "expected batch size": lambda step, params, state, shares: (
+        pegrad.dp_sgd(
+            loss, optim.adam(0.1), clip_norm=1.0, noise_multiplier=0.5, expected_batch_size=16, sampler=SAMPLER
+        ),
+        params,
+        state,
+        shares,
+    ),
+    "micro-batch size": lambda step, params, state, shares: (private(microbatch_size=2), params, state, shares),
+    "draw": lambda step, params, state, shares: (step, params, state, shares_of(drawn(1, 2, 3, 4, 6))),
+    "state of the optimizer": lambda step, params, state, shares: (
+        step,
+        params,
+        state._replace(optimizer=pegrad.trees.map(lambda leaf: leaf + 1, state.optimizer)),
+        shares,
+    ),
+    "shares": lambda step, params, state, shares: (step, params, state, [*shares, shares[0]]),
+    "failed": lambda step, params, state, shares: (private(loss=undefined), params, state, shares),
+    "Share": lambda step, params, state, shares: (step, params, state, None),
+}
+
+
+def undefined(params, example):
+    raise RuntimeError("a failure of one rank")
+
+
+def shares_of(draw):
+    return split(draw, SHARED["group"])
+
+
+SHARED = {}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_the_ranks_must_have_in_common_is_checked(pool, wrong):
+    """Every rank raises, none hangs, and the group is as good as before."""
+    for size in 2, 4:
+        answers = pool.run(job_wrong, size, wrong)
+        assert all(isinstance(answer, Exception) for answer in answers), answers
+        assert all(isinstance(answer, AgreementError) for answer in answers[:-1])
+        if wrong == "failed":
+            assert "a failure of one rank" in str(answers[-1])
+        elif wrong == "Share":
+            assert isinstance(answers[-1], ArgumentError)
+        else:
+            assert wrong in str(answers[-1])
+            assert "nothing was released" in str(answers[0])
+    assert not any(isinstance(answer, Exception) for answer in pool.run(job_train, 4, "fast", 8, torch.float32))
+
+
+def job_wrong(group, wrong):
+    SHARED["group"] = group
+    params, data = problem()
+    step, shares = private(), split(drawn(1, 2, 3, 4, 5), group)
+    state = step.init(params, random.key(1))
+    if dist.get_rank(group) == dist.get_world_size(group) - 1:
+        step, params, state, shares = WRONG[wrong](step, params, state, shares)
+    parts = [(data, None)] if shares is None else [(load(data, share), share) for share in shares]
+    return data_parallel(step, group).accumulate(params, state, parts)
+
+
+def test_a_draw_that_every_rank_uses_whole_is_refused(pool):
+    """It would move the sum by as many sensitivities as there are ranks."""
+    (share,) = split(drawn(1, 2, 3))  # as if each rank were alone
+    for size in 2, 4:
+        for answer in pool.run(job_whole, size, share):
+            assert isinstance(answer, AgreementError)
+            assert "every micro-batch once" in str(answer)
+
+
+def job_whole(group, share):
+    params, data = problem()
+    step = data_parallel(private(), group)
+    return step(params, step.init(params, random.key(1)), load(data, share), share)
+
+
+def test_ranks_take_equally_many_collectives(pool):
+    """Catches a rank that leaves one out where it has no rows: the others would wait for it."""
+    counts = pool.run(job_counted, 4)
+    assert len(set(counts)) == 1
+    assert counts[0] == 3 * (1 + 2)  # one exchange and two leaves a step
+
+
+def job_counted(group):
+    calls = []
+    reduce, gather = dist.all_reduce, dist.all_gather
+    dist.all_reduce = lambda *args, **kwargs: calls.append("sum") or reduce(*args, **kwargs)
+    dist.all_gather = lambda *args, **kwargs: calls.append("exchange") or gather(*args, **kwargs)
+    try:
+        train(group, "fast", draws=[drawn(), drawn(1), drawn(*range(12))])
+    finally:
+        dist.all_reduce, dist.all_gather = reduce, gather
+    return len(calls)
