@@ -1,17 +1,22 @@
 """The private step on 1, 2 and 4 processes: one mechanism, whatever the ranks are."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import pegrad
 from pegrad import Adaptive, optim, random
 from pegrad.clipping import PerLeaf
 from pegrad.distributed import AgreementError, ExactSum, FastSum, data_parallel, load, split
 from pegrad.dp_sgd import add_noise
-from pegrad.errors import ArgumentError
+from pegrad.errors import ArgumentError, LossError
 from pegrad.sampling import Draw, PoissonSampler
 from ranks import SIZES, Pool
 
@@ -335,3 +340,42 @@ def job_counted(group):
     finally:
         dist.all_reduce, dist.all_gather = reduce, gather
     return len(calls)
+
+
+@pytest.mark.parametrize("strategy", [*pegrad.STRATEGIES, "auto"])
+def test_modules_and_tensors_that_are_split_are_refused_in_the_loss(pool, strategy):
+    """They get no gradient, without a word; so does a weight that the loss has from elsewhere."""
+    wrapped, split_up, captured, created = pool.run(job_strangers, 1, strategy)[0]
+    assert "which FSDP has wrapped" in wrapped
+    assert "meets a DTensor" in split_up
+    assert "requires a gradient and is no parameter" in captured
+    assert created == ""
+
+
+def job_strangers(group, strategy):
+    warnings.simplefilter("ignore")
+    mesh = DeviceMesh.from_group(group, "cpu")
+    module = fully_shard(nn.Linear(3, 2), mesh=mesh)
+    whole = nn.Linear(3, 2)
+    part = distribute_tensor(torch.ones(3), mesh, [Shard(0)])
+
+    def created(params, x):
+        with torch.enable_grad():
+            z = torch.zeros(3, requires_grad=True)
+            (z * 2).sum()
+        return (params["w"] * x).sum()
+
+    losses = [
+        lambda params, x: module(x).sum() + (params["w"] * x).sum(),
+        lambda params, x: (part * x).sum() + (params["w"] * x).sum(),
+        lambda params, x: whole(x).sum() + (params["w"] * x).sum(),
+        created,
+    ]
+    said = []
+    for each in losses:
+        try:
+            pegrad.clipped_grad(each, clip_norm=1.0, strategy=strategy)({"w": torch.ones(3)}, torch.ones(4, 3))
+            said.append("")
+        except LossError as error:
+            said.append(str(error))
+    return said
