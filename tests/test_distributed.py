@@ -9,14 +9,25 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import pegrad
 from pegrad import Adaptive, optim, random
 from pegrad.clipping import PerLeaf
-from pegrad.distributed import AgreementError, ExactSum, FastSum, data_parallel, load, split
+from pegrad.distributed import (
+    AgreementError,
+    ExactSum,
+    FastSum,
+    data_parallel,
+    gather,
+    load,
+    restore,
+    save,
+    shard,
+    split,
+)
 from pegrad.dp_sgd import add_noise
-from pegrad.errors import ArgumentError, LossError
+from pegrad.errors import ArgumentError, DataFileError, LossError
 from pegrad.sampling import Draw, PoissonSampler
 from ranks import SIZES, Pool
 
@@ -55,16 +66,17 @@ def private(clip_norm=1.0, noise_multiplier=0.5, optimizer=None, loss=loss, **kw
     )
 
 
-def train(group, sums, *, size=8, steps=3, step=None, draws=None, dtype=torch.float32):
+def train(group, sums, *, size=8, steps=3, step=None, draws=None, dtype=torch.float32, sharded=False):
     """Take some steps, and return parameters and state."""
     params, data = problem(dtype)
+    params = shard(params, group) if sharded else params
     step = data_parallel(step or private(), group, summation=SUMS[sums])
     state = step.init(params, random.key(1))
     for t in range(steps):
         draw = draws[t] if draws else SAMPLER(random.key(2), t)
         shares = split(draw, group, microbatch_size=size)
         params, state, _ = step.accumulate(params, state, [(load(data, share), share) for share in shares])
-    return params, state
+    return gather(params), state._replace(optimizer=gather(state.optimizer))
 
 
 def alone(*, steps=3, step=None, draws=None, dtype=torch.float32):
@@ -109,6 +121,54 @@ def test_the_exact_sum_has_the_same_bits_on_any_number_of_ranks(pool):
     params = [pool.run(job_train, size, "exact", 8, torch.float32)[0][0] for size in SIZES]
     assert same_bits(params[0], params[1])
     assert same_bits(params[0], params[2])
+
+
+@pytest.mark.parametrize("sums", SUMS)
+@pytest.mark.parametrize("clip_norm", [1.0, Adaptive(0.5, count_noise_multiplier=3.0)], ids=["flat", "adaptive"])
+def test_sharded_steps_are_the_whole_ones(pool, sums, clip_norm):
+    """Bit for bit where the sum is exact; rows that no rank has, or one has all of, included."""
+    for size in SIZES:
+        whole, sharded = (pool.run(job_sharded, size, sums, clip_norm, sharded) for sharded in (False, True))
+        for (params, state), (expected, _) in zip(sharded, whole, strict=True):
+            assert sums != "exact" or same_bits(params, expected)
+            for name in expected:
+                torch.testing.assert_close(params[name], expected[name], rtol=1e-5, atol=1e-5)
+            assert same_bits(state.optimizer, sharded[0][1].optimizer)
+
+
+def job_sharded(group, sums, clip_norm, sharded):
+    return train(group, sums, step=private(clip_norm), sharded=sharded)
+
+
+def test_an_optimizer_that_is_not_elementwise_runs_on_no_shard(pool):
+    for answer in pool.run(job_not_elementwise, 2):
+        assert isinstance(answer, ArgumentError)
+        assert "treats a part of a tensor otherwise" in str(answer)
+
+
+def job_not_elementwise(group):
+    def update(grads, state, params):
+        return pegrad.trees.map(lambda g: -g / g.norm(), grads), state
+
+    params = shard(problem()[0], group)
+    return data_parallel(private(optimizer=(lambda params: (), update)), group).init(params, random.key(1))
+
+
+def test_shards_hold_a_part_of_everything(pool):
+    for rank, (params, state) in enumerate(pool.run(job_shards, 4)):
+        assert [tuple(leaf.shape) for leaf in params] == [(1, 5), (1 if rank < 3 else 0, 4)]
+        assert [tuple(leaf.shape) for leaf in state] == [(1, 5), (1 if rank < 3 else 0, 4)] * 2
+
+
+def job_shards(group):
+    params, data = problem()
+    params = shard(params, group)
+    step = data_parallel(private(), group)
+    state = step.init(params, random.key(1))
+    (share,) = split(drawn(1, 2, 3), group)
+    params, state, _ = step(params, state, load(data, share), share)
+    parts = [[leaf for leaf in pegrad.trees.leaves(tree) if isinstance(leaf, DTensor)] for tree in (params, state)]
+    return [[leaf.to_local() for leaf in some] for some in parts]
 
 
 def test_one_rank_takes_the_step_of_a_single_process():
@@ -379,3 +439,57 @@ def job_strangers(group, strategy):
         except LossError as error:
             said.append(str(error))
     return said
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_goes_on_from_a_checkpoint_on_other_ranks_with_the_same_bits(pool, tmp_path, sharded):
+    """Saved on 2 ranks, taken up on 1, 2 and 4."""
+    through = pool.run(job_train, 2, "exact", 8, torch.float32)[0]
+    pool.run(job_first_half, 2, str(tmp_path / "half"), sharded)
+    for size in SIZES:
+        for params, state in pool.run(job_second_half, size, str(tmp_path / "half"), sharded):
+            assert same_bits(params, through[0])
+            assert same_bits(state.optimizer, through[1].optimizer)
+            assert torch.equal(state.key, through[1].key)
+            assert state.ledger == through[1].ledger
+            assert state.step == 3
+
+
+def job_first_half(group, folder, sharded):
+    params, state = begun(group, sharded)
+    params, state = some_steps(group, params, state, range(2))
+    save(folder, params, state, group)
+
+
+def job_second_half(group, folder, sharded):
+    params, state = restore(folder, *begun(group, sharded), group)
+    params, state = some_steps(group, params, state, range(2, 3))
+    return gather(params), state._replace(optimizer=gather(state.optimizer))
+
+
+def begun(group, sharded):
+    params, _ = problem()
+    params = shard(params, group) if sharded else params
+    return params, data_parallel(private(), group).init(params, random.key(1))
+
+
+def some_steps(group, params, state, steps):
+    _, data = problem()
+    step = data_parallel(private(), group, summation=ExactSum)
+    for t in steps:
+        shares = split(SAMPLER(random.key(2), t), group, microbatch_size=8)
+        params, state, _ = step.accumulate(params, state, [(load(data, share), share) for share in shares])
+    return params, state
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    params, state = begun(None, False)
+    with pytest.raises(DataFileError, match="no whole checkpoint"):
+        restore(tmp_path / "nowhere", params, state)
+    save(tmp_path / "half", params, state)
+    (tmp_path / "half" / "state.pt").unlink()
+    with pytest.raises(DataFileError, match="no whole checkpoint"):
+        restore(tmp_path / "half", params, state)
+    save(tmp_path / "other", {"a": params["a"]}, state._replace(optimizer=()))
+    with pytest.raises(DataFileError, match="no whole checkpoint"):
+        restore(tmp_path / "other", params, state)

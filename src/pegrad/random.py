@@ -21,6 +21,7 @@ time that a call takes is not hidden; keys lie in ordinary memory and are not wi
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ from pegrad.keys import Key, check_key, derive, fold_in, key, key_bytes, natural
 
 __all__ = [
     "Key",
+    "Part",
     "check_key",
     "each_normal",
     "fold_in",
@@ -68,6 +70,15 @@ _PRECISION = {
     torch.bfloat16: _SINGLE,
     torch.float16: _SINGLE,
 }
+
+
+class Part(NamedTuple):
+    """A part of a flat tensor."""
+
+    numel: int
+    """Of the whole."""
+    start: int
+    stop: int
 
 
 def uniform(
@@ -215,8 +226,14 @@ def tree_normal(key: Tensor, tree: trees.PyTree) -> trees.PyTree:
     return trees.unflatten(trees.flatten(tree)[1], list(each_normal(key, tree)))
 
 
-def each_normal(key: Tensor, tree: trees.PyTree) -> Iterator[Tensor]:
-    """Draw the leaves of `tree_normal` one by one, each when it is asked for; arguments and errors are the same."""
+def each_normal(key: Tensor, tree: trees.PyTree, parts: Sequence[Part | None] = ()) -> Iterator[Tensor]:
+    """Draw the leaves of `tree_normal` one by one, each when it is asked for; arguments and errors are the same.
+
+    Args:
+        key: see `tree_normal`.
+        tree: see `tree_normal`.
+        parts: for each leaf, which part of a larger one it is, whose noise is wanted; None or missing: it is whole.
+    """
     leaves = trees.leaves(tree)
     for path, leaf in zip(trees.paths(tree), leaves, strict=True):
         if not isinstance(leaf, Tensor) or leaf.dtype not in _PRECISION:
@@ -224,10 +241,13 @@ def each_normal(key: Tensor, tree: trees.PyTree) -> Iterator[Tensor]:
             raise LeafError(f"Expected a floating-point tensor at leaf {path}, got {kind}.")
     looks = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]  # holds no leaf
     check_key(key)
-    return (
-        normal(fold_in(key, index), shape, dtype=dtype, device=device)
-        for index, (shape, dtype, device) in enumerate(looks)
-    )
+
+    def drawn() -> Iterator[Tensor]:
+        for index, ((shape, dtype, device), part) in enumerate(zip_longest(looks, parts)):
+            numel, start, stop = part or Part(shape.numel(), 0, shape.numel())
+            yield normal_slice(fold_in(key, index), numel, start, stop, dtype=dtype, device=device).view(shape)
+
+    return drawn()
 
 
 def permutation(key: Tensor, n: int) -> Tensor:

@@ -5,8 +5,24 @@ itself: it is added once, is never sent, and does not depend on how many ranks t
 """
 
 from pegrad.distributed.agreement import AgreementError
+from pegrad.distributed.checkpoints import Restored, restore, save
 from pegrad.distributed.data_parallel import DataParallel, data_parallel
+from pegrad.distributed.sharding import gather, shard
 from pegrad.distributed.shares import Share, load, split
 from pegrad.distributed.sums import ExactSum, FastSum
 
-__all__ = ["AgreementError", "DataParallel", "ExactSum", "FastSum", "Share", "data_parallel", "load", "split"]
+__all__ = [
+    "AgreementError",
+    "DataParallel",
+    "ExactSum",
+    "FastSum",
+    "Restored",
+    "Share",
+    "data_parallel",
+    "gather",
+    "load",
+    "restore",
+    "save",
+    "shard",
+    "split",
+]

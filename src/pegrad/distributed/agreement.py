@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pegrad import trees
 from pegrad.distributed.groups import Group
@@ -95,6 +96,8 @@ def _hash(entry: Any) -> int:
 def _look(leaf: Any) -> str:
     if not isinstance(leaf, Tensor):
         return re.sub(r" at 0x[0-9a-f]+", "", repr(leaf))  # functions print where they lie, which is no two ranks' own
+    if isinstance(leaf, DTensor):
+        return f"{leaf.dtype} {tuple(leaf.shape)} {leaf.placements}"  # each rank has a part of its own
     leaf = leaf.detach()
     if leaf.nbytes <= _SMALL:
         bits = hashlib.blake2b(leaf.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from pegrad import random
+from pegrad import random, trees
 from pegrad.distributed.agreement import Agreement
 from pegrad.distributed.groups import Group, Mesh, group_of
+from pegrad.distributed.sharding import Rows, check_elementwise, gather, laid_out, local, rows_of
 from pegrad.distributed.shares import Share
 from pegrad.distributed.sums import FastSum, Summation
 from pegrad.dp_sgd import DPSGD, Release, State, Step
 from pegrad.errors import ArgumentError
 from pegrad.keys import key_bytes
+from pegrad.optim.base import GradientTransformation
 from pegrad.per_example import ClippedGrad
 from pegrad.ranks import ClippedSum
 from pegrad.tracing.eager import outermost
@@ -68,8 +70,21 @@ class DataParallel:
     summation: Summation
 
     def init(self, params: PyTree, key: Tensor) -> State:
-        """Return the state before the first step: as `DPSGD.init`, with the same key on every rank."""
+        """Return the state before the first step: as `DPSGD.init`, with the same key on every rank.
+
+        Args:
+            params: the same on every rank; sharded ones make an optimizer's state sharded.
+            key: the run's key.
+
+        Raises:
+            ArgumentError, LeafError: as `DPSGD.init`; or parameters are sharded, and the optimizer is not elementwise.
+        """
+        if any(self._rows_here(params)):
+            check_elementwise(GradientTransformation(self.step.init_optimizer, self.step.update), params)
         return self.step.init(params, key)
+
+    def _rows_here(self, params: PyTree) -> list[Rows | None]:
+        return [rows_of(leaf, self.group) for leaf in trees.leaves(params)]
 
     def __call__(self, params: PyTree, state: State, batch: PyTree, share: Share) -> Step:
         """Take one step, this rank with one micro-batch.
@@ -107,7 +122,10 @@ class DataParallel:
         grads, after, metrics = self.release(params, state, microbatches)
         noisy = [grads]
         del grads
-        return Step(*self.step.updated(params, noisy, after), metrics)
+        own, whole = local(params), after.optimizer
+        updated, after = self.step.updated(own, noisy, after._replace(optimizer=local(whole)))
+        after = after._replace(optimizer=laid_out(after.optimizer, whole))
+        return Step(laid_out(updated, params), after, metrics)
 
     @outermost
     def release(self, params: PyTree, state: State, microbatches: Iterable[tuple[PyTree, Share]]) -> Release:
@@ -118,8 +136,9 @@ class DataParallel:
             first = next(given, None)
             if first is None:
                 raise ArgumentError("Expected a micro-batch at the least, of padding alone if need be: see split")
-            together = _Together(self, agreement, params, state, first[1].total * len(first[1].mask))
-            return self.step.release_among(together, params, state, together.follow(chain([first], given)))
+            rows = first[1].total * len(first[1].mask)
+            together = _Together(self, agreement, self._rows_here(params), params, state, rows)
+            return self.step.release_among(together, gather(params), state, together.follow(chain([first], given)))
 
 
 def _checked(microbatches: Iterable[tuple[PyTree, Share]]) -> Iterator[tuple[PyTree, Share]]:
@@ -138,6 +157,7 @@ class _Together:
 
     parallel: DataParallel
     agreement: Agreement
+    rows_here: list[Rows | None]
     params: PyTree
     state: State
     rows: int
@@ -155,13 +175,14 @@ class _Together:
     def send(self, leaf: int, own: Tensor) -> Tensor:
         if not leaf:
             self.agreement.reach(self.common(), self.shares)
-        return self.parallel.group.sum_(own)
+        rows, group = self.rows_here[leaf], self.parallel.group
+        return group.sum_(own) if rows is None else rows.scatter_sum(group, own)
 
     def total(self, counts: Tensor) -> Tensor:
         return self.parallel.group.sum_(counts)
 
     def each_normal(self, key: Tensor, leaves: list[Tensor]) -> Iterator[Tensor]:
-        return random.each_normal(key, leaves)
+        return random.each_normal(key, leaves, [rows and rows.flat for rows in self.rows_here])
 
     def common(self) -> dict[str, Any]:
         """Name what must be the same on every rank."""

@@ -34,6 +34,15 @@ class Group:
             dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        """Add up a tensor over the ranks, of which each gets as many rows as every other, in the order of ranks."""
+        if self.size == 1:
+            return rows
+        part = rows.new_empty(len(rows) // self.size, *rows.shape[1:])
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
+        scatter(part, rows, group=self.process_group)
+        return part
+
     def all(self, tensor: Tensor) -> list[Tensor]:
         """Return every rank's tensor; all have one shape."""
         if self.size == 1:
@@ -41,6 +50,11 @@ class Group:
         found = [tensor.new_empty(tensor.shape) for _ in range(self.size)]
         dist.all_gather(found, tensor, group=self.process_group)
         return found
+
+    def wait(self) -> None:
+        """Wait for every rank to come here."""
+        if self.size > 1:
+            dist.barrier(group=self.process_group)
 
 
 def group_of(mesh: Mesh) -> Group:
