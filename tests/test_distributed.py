@@ -26,6 +26,7 @@ from pegrad.distributed import (
     shard,
     split,
 )
+from pegrad.distributed.agreement import _hash
 from pegrad.dp_sgd import add_noise
 from pegrad.errors import ArgumentError, DataFileError, LossError
 from pegrad.sampling import Draw, PoissonSampler
@@ -366,6 +367,20 @@ def job_wrong(group, wrong):
         step, params, state, shares = WRONG[wrong](step, params, state, shares)
     parts = [(data, None)] if shares is None else [(load(data, share), share) for share in shares]
     return data_parallel(step, group).accumulate(params, state, parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_large_tensors_that_differ_in_one_bit_are_told_apart(dtype):
+    """By their hashes, of all bits: those of the sign included, which fill a 64-bit number."""
+    tensor = torch.randn(50_000, generator=torch.Generator().manual_seed(0)).mul(100).to(dtype)
+    hashes = {_hash(tensor), _hash(-tensor)}
+    for index in 0, 49_999:
+        other = tensor.clone()
+        other.view(torch.uint8)[index * tensor.element_size()] ^= 1
+        hashes.add(_hash(other))
+    assert len(hashes) == 4
+    assert _hash(tensor.clone()) in hashes
+    assert all(0 <= number < 1 << 63 for number in hashes)
 
 
 def test_a_draw_that_every_rank_uses_whole_is_refused(pool):

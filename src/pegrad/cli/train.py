@@ -20,10 +20,11 @@ from tqdm import tqdm
 import pegrad
 from pegrad import random, trees
 from pegrad.adaptive import Adaptive
-from pegrad.cli import checkpoints
+from pegrad.cli import checkpoints, parallel
 from pegrad.cli.checkpoints import Checkpoint
 from pegrad.cli.tables import timings
 from pegrad.clipping import Clipping, as_clipping
+from pegrad.distributed.groups import Group
 from pegrad.errors import ArgumentError
 from pegrad.papers import comparison, data, plots
 from pegrad.papers.data import Dataset
@@ -57,18 +58,28 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         PegradError: a setting out of its bounds, a data file that is missing or wrong, or a missing package.
     """
-    console = Console(markup=False, highlight=False)
+    with parallel.ranks(options.device) as group:
+        _run(options, group)
+
+
+def _run(options: argparse.Namespace, group: Group) -> None:
+    first = group.rank == 0  # the others work, and are silent
+    console = Console(markup=False, highlight=False, quiet=not first)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is better known before the run
     dataset = _load(options)
     settings, privacy = _settings(options)
-    plan = make_plan(settings, privacy, dataset)
+    plan = parallel.shared(make_plan(settings, privacy, dataset), group)
     title = _title(plan, settings, privacy, dataset)
-    start = _start(options, settings, privacy, plan, dataset)
+    start = _start(options, settings, privacy, plan, dataset, group)
     console.print(title)
+    if group.size > 1:
+        console.print(f"{group.size} processes share every batch; losses and norms are those of the first one's part")
     console.print(_source_of_randomness(options, start))
-    keep = partial(checkpoints.save, options.out) if options.out is not None else _keep_nothing
-    outcome = _watch(plan, dataset, start, keep)
+    keep = partial(checkpoints.save, options.out) if first and options.out is not None else _keep_nothing
+    outcome = _watch(plan, dataset, start, keep, silent=not first)
+    if not first:
+        return
     console.print(_result(outcome, privacy))
     rows = _time_strategies(plan, dataset, outcome.progress.params, settings.batch_size)
     console.print(timings(f"clipped gradients of {settings.batch_size} examples, by strategy", rows))
@@ -125,7 +136,12 @@ def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 
 def _start(
-    options: argparse.Namespace, settings: Settings, privacy: Privacy | None, plan: Plan, dataset: Dataset
+    options: argparse.Namespace,
+    settings: Settings,
+    privacy: Privacy | None,
+    plan: Plan,
+    dataset: Dataset,
+    group: Group,
 ) -> Checkpoint:
     """Begin a run, or take up the one that was cut off.
 
@@ -134,7 +150,9 @@ def _start(
         DataFileError: see `checkpoints.load`.
     """
     facts = _facts(options, settings, privacy, plan, dataset)
-    begun = begin(plan, dataset, random.key(options.seed))
+    if group.size > 1:  # bits depend on how a batch is cut, and a step that is taken again must be the same one
+        facts["processes"] = group.size
+    begun = begin(plan, dataset, parallel.common_key(group, random.key(options.seed)))
     if not options.resume:
         if options.out is not None:
             checkpoints.refuse_to_overwrite(options.out)
@@ -147,7 +165,9 @@ def _start(
     return past
 
 
-def _watch(plan: Plan, dataset: Dataset, past: Checkpoint, keep: Callable[[Checkpoint], None]) -> Checkpoint:
+def _watch(
+    plan: Plan, dataset: Dataset, past: Checkpoint, keep: Callable[[Checkpoint], None], *, silent: bool
+) -> Checkpoint:
     """Train under a progress bar, evaluating and keeping the run now and then."""
     now = past
     history, losses, norms = [*past.history], [*past.losses], [*past.norms]
@@ -156,7 +176,8 @@ def _watch(plan: Plan, dataset: Dataset, past: Checkpoint, keep: Callable[[Check
     epoch = ceil(len(dataset.train_labels) / past.settings["batch_size"])
     start = perf_counter() - past.seconds
     left = remaining(plan, dataset, past.progress)
-    with tqdm(left, total=plan.steps, initial=past.progress.state.step, desc="training", unit="step") as bar:
+    done = past.progress.state.step
+    with tqdm(left, total=plan.steps, initial=done, desc="training", unit="step", disable=silent) as bar:
         for taken in bar:
             count = taken.state.step
             losses.append(taken.metrics.mean_loss.item())

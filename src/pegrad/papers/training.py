@@ -153,6 +153,14 @@ class Plan:
         """Return the bound on a clipped gradient in the step that follows a state; None without privacy."""
         return self.step.clipped_at(state).clipping.sensitivity if isinstance(self.step, DPSGD) else None
 
+    def taken(self, dataset: Dataset, params: PyTree, state: State, draw: Draw) -> Step:
+        """Take a step on the examples that were drawn.
+
+        Padding is left out: no shape is compiled for here, and it takes time.
+        """
+        rows = draw.indices[draw.mask]
+        return self.step(params, state, (dataset.train_images[rows], dataset.train_labels[rows]))
+
 
 class Progress(NamedTuple):
     """Where a run stands: what the rest of it follows from, beside its plan and its data.
@@ -265,7 +273,7 @@ def remaining(plan: Plan, dataset: Dataset, progress: Progress) -> Iterator[Step
     """
     params, state, sampler_key = progress
     for index in range(state.step, plan.steps):
-        taken = plan.step(params, state, _batch(dataset, plan.sampler(sampler_key, index)))
+        taken = plan.taken(dataset, params, state, plan.sampler(sampler_key, index))
         params, state, _ = taken
         yield taken
 
@@ -331,9 +339,3 @@ def _noise_multiplier(privacy: Privacy, sampler: PoissonSampler, steps: int) -> 
         return accounting.noise_multiplier_for(privacy.epsilon, privacy.delta, sampler, steps)
     assert privacy.noise_multiplier is not None, "Privacy has one of the two"
     return privacy.noise_multiplier
-
-
-def _batch(dataset: Dataset, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Take a draw's examples, without its padding: no shape is compiled for here, and padding takes time."""
-    rows = draw.indices[draw.mask]
-    return dataset.train_images[rows], dataset.train_labels[rows]

@@ -1,0 +1,63 @@
+"""A training run under `torchrun`: its processes share every batch, and the first one tells of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pegrad.distributed import ExactSum, data_parallel, load, split
+from pegrad.distributed.groups import Group, group_of
+from pegrad.dp_sgd import DPSGD, State, Step
+from pegrad.errors import ArgumentError
+from pegrad.keys import key_bytes
+from pegrad.papers.data import Dataset
+from pegrad.papers.training import Plan
+from pegrad.sampling import Draw
+from pegrad.trees import PyTree
+
+
+@contextmanager
+def ranks(device: torch.device) -> Iterator[Group]:
+    """Join the processes that `torchrun` has started, for as long as the block runs; elsewhere, be alone."""
+    if not dist.is_torchelastic_launched():
+        yield Group(None, 0, 1)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield group_of(None)
+    finally:
+        dist.destroy_process_group()
+
+
+def common_key(group: Group, key: Tensor) -> Tensor:
+    """Return the first rank's key on every rank."""
+    told = torch.tensor(list(key_bytes(key)), dtype=torch.uint8, device=group.device)
+    return group.all(told)[0].cpu()
+
+
+@dataclass(frozen=True)
+class SharedPlan(Plan):
+    """A plan whose batches are split over the ranks."""
+
+    def taken(self, dataset: Dataset, params: PyTree, state: State, draw: Draw) -> Step:
+        """See `Plan.taken`."""
+        assert isinstance(self.step, DPSGD)
+        (share,) = split(draw)
+        batch = load((dataset.train_images, dataset.train_labels), share)
+        return data_parallel(self.step, summation=ExactSum)(params, state, batch, share)
+
+
+def shared(plan: Plan, group: Group) -> Plan:
+    """Return the plan as the ranks of a group carry it out.
+
+    Raises:
+        ArgumentError: they are several, and the plan is not private.
+    """
+    if group.size == 1:
+        return plan
+    if not isinstance(plan.step, DPSGD):
+        raise ArgumentError("Expected a private run on several processes, got --no-dp: run that on one")
+    return SharedPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)})
