@@ -1,5 +1,6 @@
 """Processes on this machine that work together, for tests of `pegrad.distributed`."""
 
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,8 +26,9 @@ class Pool:
         self._answers = context.SimpleQueue()
         self._tasks = [context.SimpleQueue() for _ in range(max(SIZES))]
         meeting = Path(self._folder.name, "store")
+        package = str(Path(sys.modules["pegrad"].__file__).parents[1])  # theirs is ours, wherever it lies
         self._processes = [
-            context.Process(target=_serve, args=(rank, meeting, timeout, tasks, self._answers), daemon=True)
+            context.Process(target=_serve, args=(rank, meeting, timeout, package, tasks, self._answers), daemon=True)
             for rank, tasks in enumerate(self._tasks)
         ]
         for process in self._processes:
@@ -49,7 +51,8 @@ class Pool:
         self._folder.cleanup()
 
 
-def _serve(rank: int, meeting: Path, timeout: float, tasks: Any, answers: Any) -> None:
+def _serve(rank: int, meeting: Path, timeout: float, package: str, tasks: Any, answers: Any) -> None:
+    sys.path.insert(0, package)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -1,11 +1,16 @@
 """The private step on 1, 2 and 4 processes: one mechanism, whatever the ranks are."""
 
+import copy
 import math
+import os
+import time
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -508,3 +513,44 @@ def test_half_a_checkpoint_is_none(tmp_path):
     save(tmp_path / "other", {"a": params["a"]}, state._replace(optimizer=()))
     with pytest.raises(DataFileError, match="no whole checkpoint"):
         restore(tmp_path / "other", params, state)
+
+
+def test_a_rank_that_dies_ends_the_others_and_nothing_is_half_applied(tmp_path):
+    """The other rank gets an error within the time-out, and its parameters and state are those before the step."""
+    context = mp.get_context("spawn")
+    answers = context.SimpleQueue()
+    processes = [context.Process(target=dying, args=(rank, tmp_path / "store", answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    error, unchanged, seconds = answers.get()
+    assert isinstance(error, RuntimeError)
+    assert unchanged
+    assert seconds < 20
+    assert [process.exitcode for process in processes] == [0, 7]
+
+
+def dying(rank, meeting, answers):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=meeting.as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=10)
+    )
+    params, data = problem()
+
+    def mortal(params, example):
+        if dist.get_rank() == 1 and state.step == 1:
+            os._exit(7)
+        return loss(params, example)
+
+    step = data_parallel(private(loss=mortal))
+    state = step.init(params, random.key(1))
+    for t in range(2):
+        (share,) = split(SAMPLER(random.key(2), t))
+        before = copy.deepcopy((params, state))
+        start = time.perf_counter()
+        try:
+            params, state, _ = step(params, state, load(data, share), share)
+        except Exception as error:
+            unchanged = same_bits((params, state.optimizer), (before[0], before[1].optimizer)) and state.step == 1
+            answers.put((error, unchanged, time.perf_counter() - start))
