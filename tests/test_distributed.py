@@ -1,11 +1,15 @@
 """The private step on 1, 2 and 4 processes: one mechanism, whatever the ranks are."""
 
 import copy
+import json
 import math
 import os
+import subprocess
+import sys
 import time
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -554,3 +558,20 @@ def dying(rank, meeting, answers):
         except Exception as error:
             unchanged = same_bits((params, state.optimizer), (before[0], before[1].optimizer)) and state.step == 1
             answers.put((error, unchanged, time.perf_counter() - start))
+
+
+def test_torchrun_trains(tmp_path):
+    """Two processes share every batch, one of them tells of it, and the run goes on with as many, not with others."""
+    folder = tmp_path / "run"
+    command = ["-m", "pegrad", "train", "--batch-size", "32", "--epochs", "0.06", "--seed", "1", "--out", str(folder)]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(pegrad.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *together, *command], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1
+    assert "2 processes share every batch" in done.stdout
+    report = json.loads((folder / "metrics.json").read_text())
+    assert report["history"][-1]["step"] == 3
+    assert report["history"][-1]["epsilon"] > 0
