@@ -34,6 +34,7 @@ from pegrad.distributed import (
     save,
     shard,
     split,
+    whole,
 )
 from pegrad.distributed.agreement import _hash
 from pegrad.dp_sgd import add_noise
@@ -148,6 +149,46 @@ def test_sharded_steps_are_the_whole_ones(pool, sums, clip_norm):
 
 def job_sharded(group, sums, clip_norm, sharded):
     return train(group, sums, step=private(clip_norm), sharded=sharded)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "book_keeping", "ghost"])
+def test_parameters_that_are_never_gathered_get_the_same_sums(pool, strategy):
+    """Norms are those of whole gradients, whatever part of a parameter a rank has, and so is what comes of them."""
+    expected, _ = alone(dtype=torch.float64)
+    for size in SIZES:
+        for answer in pool.run(job_never_gathered, size, strategy):
+            for name in expected:
+                torch.testing.assert_close(answer[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+def job_never_gathered(group, strategy, sums=FastSum):
+    params, data = problem(torch.float64)
+    params = shard(params, group)
+
+    def in_parts(params, example):
+        return loss({"a": whole(params["a"], 4, group), "b": params["b"]}, example)
+
+    step = data_parallel(
+        private(loss=in_parts, strategy=strategy), group, summation=sums, gathered={"a": False, "b": True}
+    )
+    state = step.init(params, random.key(1))
+    for t in range(3):
+        shares = split(SAMPLER(random.key(2), t), group, microbatch_size=8)
+        params, state, _ = step.accumulate(params, state, [(load(data, share), share) for share in shares])
+    return gather(params)
+
+
+def test_whole_is_for_traced_losses_and_sums_in_floating_point(pool):
+    for strategy in "vmap", "naive", "grouped_conv":
+        for answer in pool.run(job_never_gathered, 2, strategy):
+            assert isinstance(answer, LossError)
+            assert "needs a strategy that traces the loss" in str(answer)
+    for answer in pool.run(job_never_gathered, 2, "auto", ExactSum):
+        assert isinstance(answer, ArgumentError)
+        assert "where sums are exact" in str(answer)
+    torch.testing.assert_close(whole(torch.ones(3, 2), 3), torch.ones(3, 2))
+    with pytest.raises(ArgumentError, match="the 4 of 4 rows that rank 0 of 1 has"):
+        whole(torch.ones(3, 2), 4)
 
 
 def test_an_optimizer_that_is_not_elementwise_runs_on_no_shard(pool):

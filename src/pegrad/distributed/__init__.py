@@ -10,6 +10,7 @@ from pegrad.distributed.data_parallel import DataParallel, data_parallel
 from pegrad.distributed.sharding import gather, shard
 from pegrad.distributed.shares import Share, load, split
 from pegrad.distributed.sums import ExactSum, FastSum
+from pegrad.distributed.whole import whole
 
 __all__ = [
     "AgreementError",
@@ -25,4 +26,5 @@ __all__ = [
     "save",
     "shard",
     "split",
+    "whole",
 ]

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import optree
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pegrad import random, trees
 from pegrad.distributed.agreement import Agreement
@@ -23,13 +25,17 @@ from pegrad.tracing.eager import outermost
 from pegrad.trees import PyTree
 
 
-def data_parallel(step: DPSGD, mesh: Mesh = None, *, summation: Summation = FastSum) -> "DataParallel":
+def data_parallel(
+    step: DPSGD, mesh: Mesh = None, *, summation: Summation = FastSum, gathered: PyTree = True
+) -> "DataParallel":
     """Make a private step that the ranks of a group take together.
 
     Args:
         step: of `pegrad.dp_sgd`, made alike on every rank.
         mesh: the ranks: a one-dimensional `DeviceMesh`, a process group, or None for all.
         summation: how the ranks' sums are added up: `FastSum`, or `ExactSum`, whose bits do not depend on the ranks.
+        gathered: which sharded parameters are made whole for the step: True, or a prefix pytree of booleans. Of the
+            others the loss gets this rank's rows, and uses them by `whole` alone.
 
     Returns:
         A `DataParallel`, called as the step is, with a share of the draw in place of a mask.
@@ -41,7 +47,7 @@ def data_parallel(step: DPSGD, mesh: Mesh = None, *, summation: Summation = Fast
     """
     if not isinstance(step, DPSGD):
         raise ArgumentError(f"Expected step to be a DPSGD of pegrad.dp_sgd, got {type(step).__name__}")
-    return DataParallel(step, group_of(mesh), summation)
+    return DataParallel(step, group_of(mesh), summation, gathered)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class DataParallel:
     step: DPSGD
     group: Group
     summation: Summation
+    gathered: PyTree = True
 
     def init(self, params: PyTree, key: Tensor) -> State:
         """Return the state before the first step: as `DPSGD.init`, with the same key on every rank.
@@ -137,8 +144,28 @@ class DataParallel:
             if first is None:
                 raise ArgumentError("Expected a micro-batch at the least, of padding alone if need be: see split")
             rows = first[1].total * len(first[1].mask)
-            together = _Together(self, agreement, self._rows_here(params), params, state, rows)
-            return self.step.release_among(together, gather(params), state, together.follow(chain([first], given)))
+            kept = self._kept(params)
+            together = _Together(self, agreement, self._rows_here(params), kept, params, state, rows)
+            leaves, spec = trees.flatten(params)
+            usable = [(local if stays else gather)(leaf) for leaf, stays in zip(leaves, kept, strict=True)]
+            given = together.follow(chain([first], given))
+            return self.step.release_among(together, trees.unflatten(spec, usable), state, given)
+
+    def _kept(self, params: PyTree) -> list[bool]:
+        """Tell of each leaf whether only parts of it are there in a step."""
+        leaves = trees.leaves(params)
+        try:
+            gathered = optree.broadcast_prefix(self.gathered, params, namespace=trees.NAMESPACE)
+        except ValueError as error:
+            raise ArgumentError(
+                f"Expected gathered to be a prefix of params, True or False for each part: {error}"
+            ) from error
+        kept = [isinstance(leaf, DTensor) and not whole for leaf, whole in zip(leaves, gathered, strict=True)]
+        if any(kept) and self.summation is not FastSum:
+            raise ArgumentError(
+                "Expected all parameters gathered where sums are exact: sums of others are added up on their way back"
+            )
+        return kept
 
 
 def _checked(microbatches: Iterable[tuple[PyTree, Share]]) -> Iterator[tuple[PyTree, Share]]:
@@ -158,6 +185,7 @@ class _Together:
     parallel: DataParallel
     agreement: Agreement
     rows_here: list[Rows | None]
+    kept: list[bool]
     params: PyTree
     state: State
     rows: int
@@ -175,6 +203,8 @@ class _Together:
     def send(self, leaf: int, own: Tensor) -> Tensor:
         if not leaf:
             self.agreement.reach(self.common(), self.shares)
+        if self.kept[leaf]:
+            return own  # `whole` has added it up
         rows, group = self.rows_here[leaf], self.parallel.group
         return group.sum_(own) if rows is None else rows.scatter_sum(group, own)
 
@@ -198,5 +228,5 @@ class _Together:
             "expected batch size": clipped.normalize_by,
             "sampler": step.sampler,
             "micro-batch size": (clipped.microbatch_size, sorted({len(share.mask) for share in self.shares})),
-            "summation": self.parallel.summation,
+            "summation": (self.parallel.summation, self.kept),
         }

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
@@ -16,6 +17,14 @@ _ISOMETRIC = frozenset({
     "SqueezeBackward2", "ToCopyBackward0", "CloneBackward0", "AliasBackward0", "SelectBackward0", "SliceBackward0",
     "SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0",
 })  # fmt: skip
+
+_FUNCTIONS: set[type] = set()  # nodes of our own functions that do the same
+
+
+def isometry(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Decorate a function of one tensor whose way back is linear and leaves the norm of a gradient as it is."""
+    _FUNCTIONS.add(function._backward_cls)
+    return function
 
 
 _LEAF = "torch::autograd::AccumulateGrad"
@@ -61,8 +70,9 @@ def lineage(tensor: Tensor, leaves: Mapping[int, int]) -> Lineage:
                 found.add(leaves[id(node.variable)])
             continue
         parents = [parent for parent, _ in node.next_functions if parent is not None]
-        isometric &= node.name() in _ISOMETRIC and len(parents) == 1
-        linear &= not isinstance(node, BackwardCFunction)
+        known = type(node) in _FUNCTIONS
+        isometric &= (known or node.name() in _ISOMETRIC) and len(parents) == 1
+        linear &= known or not isinstance(node, BackwardCFunction)
         cast |= node.name().startswith("ToCopyBackward")
         stack += parents
     return Lineage(frozenset(found), isometric and len(found) == 1, linear, cast)
