@@ -61,12 +61,11 @@ def _swept(
 
     given: Any = (None if w is None else w.detach() for w in weights)
     detached = Weights(*given)
-    bias = detached.bias_ih
-    if sweep.adds and bias is not None and detached.bias_hh is not None:
-        bias, detached = bias + detached.bias_hh, detached._replace(bias_hh=None)
+    if sweep.adds and detached.bias_ih is not None and detached.bias_hh is not None:
+        detached = detached._replace(bias_ih=detached.bias_ih + detached.bias_hh, bias_hh=None)
 
     def run(x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        ih = F.linear(x, detached.ih, bias)
+        ih = F.linear(x, detached.ih)  # with a bias it would be copied once more
         dtype = torch.promote_types(ih.dtype, detached.hh.dtype)
         rows, channels, outputs = (len(x), x.shape[1:-1].numel()), states[0].shape[-1], ih.shape[-1]
 
@@ -80,8 +79,9 @@ def _swept(
         )
         anchor = next((send.anchor for send in sends if send is not None), None)
         ih, *first = (t.to(dtype) for t in (ih, *states))
+        bias = None if detached.bias_ih is None else detached.bias_ih.to(dtype)
         with without_autocast(ih.device):
-            return Swept.apply(sweep, detached, backwards, sends, anchor, x.detach(), ih, *first)
+            return Swept.apply(sweep, detached._replace(bias_ih=bias), backwards, sends, anchor, x.detach(), ih, *first)
 
     output, *last = trace.run(run, x, *states)
     return output, tuple(last)

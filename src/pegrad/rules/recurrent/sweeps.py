@@ -2,7 +2,7 @@
 
 All steps' gates lie in one array, where each step adds its product and applies its activations in place. On the way
 back, whatever does not depend on the gradient is worked out for all steps at once, and turned into the gradient before
-the activations step by step.
+the activations step by step. What one step reads and writes lies together in memory, wherever it is small.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +36,7 @@ class Sweep(ABC):
     adds: ClassVar[bool] = True
     """Whether the products of input and hidden state are added first of all, so that one gradient is at both.
 
-    Their biases then come as one, with `ih`.
+    Their biases then come as one, that of the input.
     """
 
     @abstractmethod
@@ -46,9 +46,10 @@ class Sweep(ABC):
         """Run all steps.
 
         Args:
-            ih: the product of the input, `(N, T, ·)`; no one else needs it, and it may be overwritten.
+            ih: the product of the input, `(N, T, ·)`, without its bias; no one else needs it, and it may be
+                overwritten.
             states: the first states, `(N, ·)`.
-            weights: of which only those of the hidden state are used.
+            weights: of which all but the input's are used, its bias included.
             backwards: from the last step to the first.
 
         Returns:
@@ -83,12 +84,12 @@ class Elman(Sweep):
         steps = _order(ih, backwards)
         track = _track(states[0], ih.shape[1], backwards)
         past, now = _beside(track, backwards)
-        now.copy_(ih)
+        _add_bias(ih, weights.bias_ih, now)
         pasts, nows, hh = past.unbind(1), now.unbind(1), _transposed(weights.hh)
         activate = torch.relu_ if self._relu else torch.tanh_
         for t in steps:
             activate(nows[t].addmm_(pasts[t], hh))
-        return now.clone(), (nows[steps[-1]].clone(),), (track,)
+        return _copy(now), (nows[steps[-1]].clone(),), (track,)
 
     def backward(
         self, saved: tuple[Tensor, ...], weights: Weights, backwards: bool, output: Tensor, states: States
@@ -97,10 +98,9 @@ class Elman(Sweep):
         past, now = _beside(saved[0], backwards)
         grads = (now > 0).to(now.dtype) if self._relu else 1 - now.square()
         parts = grads.unbind(1)
-        (grad,) = states
-        for t, inflow in _way_back(output, backwards):
-            grad = grad + inflow
-            grad = parts[t].mul_(grad) @ weights.hh
+        grad, way = _way_back(states[0], output, backwards)
+        for t, inflow in way:
+            grad = torch.addmm(inflow, parts[t].mul_(grad), weights.hh)
         return Found(grads, (grad,), (past, grads))
 
 
@@ -116,7 +116,7 @@ class GRU(Sweep):
         steps, size = _order(ih, backwards), ih.shape[2] // 3
         track = _track(states[0], ih.shape[1], backwards)
         past, now = _beside(track, backwards)
-        gates = ih
+        gates = ih if weights.bias_ih is None else ih.add_(weights.bias_ih)
         candidates = ih.new_empty(*ih.shape[:2], size)  # W h, as the reset gate meets it
         pasts, nows, hh = past.unbind(1), now.unbind(1), _transposed(weights.hh)
         both, resets, updates, news = (gates[..., a * size : b * size].unbind(1) for a, b in _GRU_GATES)
@@ -127,7 +127,7 @@ class GRU(Sweep):
             both[t].add_(product[:, : 2 * size]).sigmoid_()
             news[t].addcmul_(resets[t], kept[t]).tanh_()
             torch.lerp(news[t], pasts[t], updates[t], out=nows[t])
-        return now.clone(), (nows[steps[-1]].clone(),), (track, gates, candidates)
+        return _copy(now), (nows[steps[-1]].clone(),), (track, gates, candidates)
 
     def backward(
         self, saved: tuple[Tensor, ...], weights: Weights, backwards: bool, output: Tensor, states: States
@@ -143,12 +143,11 @@ class GRU(Sweep):
         torch.mul(candidates, at_new, out=at_reset).mul_(1 - reset)
         torch.sub(past, new, out=at_update).mul_(update).mul_(1 - update)
         parts, factors, updates = grads.unflatten(2, (3, -1)).unbind(1), factor.unbind(1), update.unbind(1)
-        (grad,) = states
-        for t, inflow in _way_back(output, backwards):
-            grad = grad + inflow
+        grad, way = _way_back(states[0], output, backwards)
+        for t, inflow in way:
             parts[t].mul_(grad[:, None])
             factors[t].mul_(grad)
-            grad = (grad * updates[t]).addmm_(parts[t].flatten(1), weights.hh)
+            grad = torch.addcmul(inflow, grad, updates[t]).addmm_(parts[t].flatten(1), weights.hh)
         ih = grads.clone()
         ih[..., -factor.shape[2] :] = factor
         return Found(ih, (grad,), (past, grads))
@@ -158,72 +157,76 @@ _GRU_GATES = ((0, 2), (0, 1), (1, 2), (2, 3))
 
 
 class LSTM(Sweep):
-    """`c = f c + i g` and `h = o tanh(c)`, projected or not, with gates i, f, o and the new cell g."""
+    """`c = f c + i g` and `h = o tanh(c)`, projected or not, with gates i, f, o and the new cell g.
+
+    Gates are `(4, N, T, H)`, in the order i, f, g, o. In memory steps come first and then the gates, so that all that a
+    step does runs over contiguous memory.
+    """
 
     def forward(
         self, ih: Tensor, states: States, weights: Weights, backwards: bool
     ) -> tuple[Tensor, States, tuple[Tensor, ...]]:
         """See `Sweep.forward`."""
-        steps, size = _order(ih, backwards), ih.shape[2] // 4
-        hidden, cell = (_track(state, ih.shape[1], backwards) for state in states)
-        (past, now), (_, now_cell) = _beside(hidden, backwards), _beside(cell, backwards)
-        whole = now if weights.hr is None else torch.empty_like(now_cell)  # the hidden state before its projection
-        gates = ih
-        pasts, nows, wholes = past.unbind(1), now.unbind(1), whole.unbind(1)
-        hh, hr = _transposed(weights.hh), None if weights.hr is None else _transposed(weights.hr)
-        now_cells, rows = now_cell.unbind(1), gates.unbind(1)
-        both, ins, forgets, news, outs = (gates[..., a * size : b * size].unbind(1) for a, b in _LSTM_GATES)
-        (state,) = states[1:]
+        steps = _order(ih, backwards)
+        hidden, cell = (_track(state, len(steps), backwards) for state in states)
+        (past, now), (past_cell, now_cell) = _beside(hidden, backwards), _beside(cell, backwards)
+        gates = ih.new_empty(len(steps), 4, ih.shape[0], ih.shape[2] // 4).permute(1, 2, 0, 3)
+        _add_bias(_by_gate(ih), None if weights.bias_ih is None else _by_gate(weights.bias_ih[None, None]), gates)
+        squashed = torch.empty_like(gates[0])
+        whole = now if weights.hr is None else torch.empty_like(squashed)  # the hidden state before its projection
+        hh = weights.hh.unflatten(0, (4, -1)).mT.contiguous()
+        hr = None if weights.hr is None else _transposed(weights.hr)
+        # The hidden state before a step, once for every gate.
+        pasts, nows, wholes = past.expand(4, *past.shape).unbind(2), now.unbind(1), whole.unbind(1)
+        past_cells, now_cells, tanhs = past_cell.unbind(1), now_cell.unbind(1), squashed.unbind(1)
+        rows, both = gates.unbind(2), gates[:2].unbind(2)
+        ins, forgets, news, outs = (gate.unbind(1) for gate in gates)
         for t in steps:
-            rows[t].addmm_(pasts[t], hh)
+            rows[t].baddbmm_(pasts[t], hh)
             both[t].sigmoid_()
+            news[t].tanh_()
             outs[t].sigmoid_()
-            new = news[t].contiguous().tanh_()  # three times as fast as in its place among the gates
-            news[t].copy_(new)
-            state = (forgets[t] * state).addcmul_(ins[t], new)
-            now_cells[t].copy_(state)
-            torch.mul(state.tanh(), outs[t], out=wholes[t])
+            torch.mul(forgets[t], past_cells[t], out=now_cells[t]).addcmul_(ins[t], news[t])
+            torch.tanh(now_cells[t], out=tanhs[t])
+            torch.mul(tanhs[t], outs[t], out=wholes[t])
             if hr is not None:
-                nows[t].copy_(wholes[t] @ hr)
+                torch.mm(wholes[t], hr, out=nows[t])
         last = nows[steps[-1]].clone(), now_cells[steps[-1]].clone()
-        return now.clone(), last, (gates, hidden, cell, *([] if weights.hr is None else [whole]))
+        return _copy(now), last, (gates, hidden, cell, squashed, *([] if weights.hr is None else [whole]))
 
     def backward(
         self, saved: tuple[Tensor, ...], weights: Weights, backwards: bool, output: Tensor, states: States
     ) -> Found:
         """See `Sweep.backward`."""
-        gates, hidden, cell, *whole = saved
+        gates, hidden, cell, squashed, *whole = saved
         past, _ = _beside(hidden, backwards)
-        past_cell, now_cell = _beside(cell, backwards)
-        gate_in, forget, new, gate_out = gates.chunk(4, -1)
-        grads = torch.empty_like(gates)
-        at_in, at_forget, at_new, at_out = grads.chunk(4, -1)
-        squashed = now_cell.tanh()
-        _SIGMOID_BACK(new, gate_in, grad_input=at_in)
-        _SIGMOID_BACK(past_cell, forget, grad_input=at_forget)
-        _TANH_BACK(gate_in, new, grad_input=at_new)
-        _SIGMOID_BACK(squashed, gate_out, grad_input=at_out)
-        to_cell = _TANH_BACK(gate_out, squashed, grad_input=squashed)
-        size = to_cell.shape[2]
-        parts, to_cells, forgets = grads.unbind(1), to_cell.unbind(1), forget.unbind(1)
-        by_cell, by_hidden = grads[..., : 3 * size].unflatten(2, (3, size)).unbind(1), at_out.unbind(1)
+        past_cell, _ = _beside(cell, backwards)
+        gate_in, forget, new, gate_out = gates
+        factors = torch.empty_like(gates)
+        _SIGMOID_BACK(new, gate_in, grad_input=factors[0])
+        _SIGMOID_BACK(past_cell, forget, grad_input=factors[1])
+        _TANH_BACK(gate_in, new, grad_input=factors[2])
+        _SIGMOID_BACK(squashed, gate_out, grad_input=factors[3])
+        to_cells = _TANH_BACK(gate_out, squashed, grad_input=torch.empty_like(squashed)).unbind(1)
+        by_cell, by_hidden, forgets = factors[:3].unbind(2), factors[3].unbind(1), forget.unbind(1)
+        grads = gates.new_empty(*past.shape[:2], weights.hh.shape[0])
+        rows, at_gates = grads.unbind(1), _by_gate(grads)
+        at_cell, at_out = at_gates[:3].unbind(2), at_gates[3].unbind(1)
         projected = torch.empty_like(output, memory_format=torch.contiguous_format) if whole else None
-        grad, grad_cell = states
-        grad_cell = grad_cell.clone()
-        for t, inflow in _way_back(output, backwards):
-            grad = grad + inflow
+        grad, way = _way_back(states[0], output, backwards)
+        grad_cell = states[1].clone()
+        for t, inflow in way:
             if projected is not None and weights.hr is not None:
                 projected[:, t] = grad
                 grad = grad @ weights.hr
-            by_hidden[t].mul_(grad)
+            torch.mul(by_hidden[t], grad, out=at_out[t])
             grad_cell.addcmul_(grad, to_cells[t])
-            by_cell[t].mul_(grad_cell[:, None])
+            torch.mul(by_cell[t], grad_cell, out=at_cell[t])
             grad_cell.mul_(forgets[t])
-            grad = parts[t] @ weights.hh
+            grad = torch.addmm(inflow, rows[t], weights.hh)
         return Found(grads, (grad, grad_cell), (past, grads), None if projected is None else (whole[0], projected))
 
 
-_LSTM_GATES = ((0, 2), (0, 1), (1, 2), (2, 3), (3, 4))
 # `(gradient, value)` to the gradient before the activation, each in one pass.
 _SIGMOID_BACK, _TANH_BACK = torch.ops.aten.sigmoid_backward.grad_input, torch.ops.aten.tanh_backward.grad_input
 
@@ -238,15 +241,42 @@ def _order(ih: Tensor, backwards: bool) -> list[int]:
     return steps[::-1] if backwards else steps
 
 
-def _way_back(output: Tensor, backwards: bool) -> Iterable[tuple[int, Tensor]]:
-    """Go through the steps, the one that ran last first, each with the gradient at its output."""
+def _way_back(last: Tensor, output: Tensor, backwards: bool) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
+    """Find the gradient at the hidden state after the step that ran last, and go through the steps from there.
+
+    Each comes with the gradient at the output of the one that ran before it, for a product to be added to; zeros come
+    with the one that ran first.
+    """
     inflows = output.unbind(1)
-    return [(t, inflows[t]) for t in reversed(_order(output, backwards))]
+    way = _order(output, backwards)[::-1]
+    before = [*(inflows[t] for t in way[1:]), output.new_zeros(()).expand_as(last)]
+    return last + inflows[way[0]], zip(way, before, strict=True)
+
+
+def _add_bias(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Add the bias, if there is one, and write to where the product is to lie, in one pass."""
+    if bias is None:
+        out.copy_(product)
+    else:
+        torch.add(product, bias, out=out)
+
+
+def _by_gate(rows: Tensor) -> Tensor:
+    """View `(N, T, 4H)` as `(4, N, T, H)`."""
+    return rows.unflatten(2, (4, -1)).movedim(2, 0)
+
+
+def _copy(states: Tensor) -> Tensor:
+    """Copy the states after every step for the caller, contiguous as `(N, T, ·)`."""
+    return states.clone(memory_format=torch.contiguous_format)
 
 
 def _track(first: Tensor, steps: int, backwards: bool) -> Tensor:
-    """Make room for a state before and after every step, `(N, T + 1, ·)`, and enter the first."""
-    track = first.new_empty(first.shape[0], steps + 1, first.shape[1])
+    """Make room for a state before and after every step, `(N, T + 1, ·)`, and enter the first.
+
+    In memory steps come first, so that each step's states are contiguous.
+    """
+    track = first.new_empty(steps + 1, *first.shape).transpose(0, 1)
     track[:, -1 if backwards else 0] = first
     return track
 
