@@ -1,0 +1,1 @@
+"""Private steps on many machines, by `torch.distributed`."""

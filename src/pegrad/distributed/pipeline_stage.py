@@ -6,7 +6,7 @@ which the next stage has sent, and runs the trace backward from there: sites fin
 and the gradient at the input goes to the stage before.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ class StageWork:
         self.index = index
         self.losses: dict[int, Tensor] = {}
         self._inputs, structure = inputs
-        self._loss = FlatLoss(stage, spec, structure, None if last else self._check_output)
+        self._loss = FlatLoss(stage, spec, structure, lambda value: check_output(index, value, last=last))
         self._received, self._last = received, last
         self._mask, self._rows, self._size = mask, rows, size
         self._grouping, self._shared = grouping, shared
@@ -137,9 +137,9 @@ class StageWork:
         self._sums = nothing(self.leaves)
 
     @property
-    def books(self) -> int:
-        """How many micro-batches are kept for their sums."""
-        return sum(book.sums is not None for book in self._books.values())
+    def shares(self) -> bool:
+        """Whether other stages' norms are needed for its sums."""
+        return bool(self._shared)
 
     @property
     def total(self) -> Leaves:
@@ -168,18 +168,11 @@ class StageWork:
         versions = [leaf._version for leaf in (*self.leaves, *rows)]
         book = Book(problem, Generators.now(), None)
         book.trace = self._trace(problem)
-        if book.trace.captured():
-            raise LossError(
-                f"Stage {self.index} uses a tensor that requires a gradient and is no leaf of its params: its gradient "
-                "would be neither clipped nor returned. Put it into the stage's params, or detach it"
-            )
         if versions != [leaf._version for leaf in (*self.leaves, *rows)]:
             raise LossError(
                 f"Stage {self.index} changes its params or its input in place, so it is not a pure function: make a "
                 "new tensor (a = a * b in place of a.mul_(b))"
             )
-        if book.trace.aux:
-            raise LossError(f"Stage {self.index} returned more than one value: expected one tensor, and no aux")
         self._books[number] = book
         output = book.trace.losses.detach()
         if self._last:
@@ -232,27 +225,59 @@ class StageWork:
             self._sums = extended(self._sums, self.leaves, book.sums.settle(squares), self._size)
 
     def _trace(self, problem: Problem) -> Trace:
-        through = (0,) if self._received else ()
+        return trace_stage(self.index, problem, self._apart, received=self._received)
+
+
+def trace_stage(stage: int, problem: Problem, apart: set[int], *, received: bool) -> Trace:
+    """Run a stage forward over a micro-batch.
+
+    Args:
+        stage: which one.
+        problem: the stage as a `FlatLoss` whose value is its output, and what goes in.
+        apart: leaves of which each example gets a copy; those that turn out to need it are added.
+        received: whether the first leaf of the batch comes from the stage before, which wants the gradient there.
+
+    Raises:
+        LossError: it uses a tensor that requires a gradient and is none of its parameters.
+        StrategyError: its examples take different paths.
+    """
+    while True:
         try:
-            while True:
-                trace = Trace(problem.loss, problem.params, problem.batch, RULES, self._apart, problem.mask, through)
-                opaque = trace.opaque() - self._apart
-                if not opaque:
-                    return trace
-                self._apart |= opaque
+            trace = Trace(
+                problem.loss, problem.params, problem.batch, RULES, apart, problem.mask, (0,) if received else ()
+            )
         except Split as split:
             raise StrategyError(
-                f"Stage {self.index} asks a tensor for its value ({split.question}), and examples give different "
-                "answers, which a pipeline cannot follow: write it with torch.where"
+                f"Stage {stage} asks a tensor for its value ({split.question}), and examples give different answers, "
+                "which a pipeline cannot follow: write it with torch.where"
             ) from None
-
-    def _check_output(self, value: Any) -> None:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = f"a tensor of dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        if trace.captured():
             raise LossError(
-                f"Stage {self.index} returned {kind}: expected one floating-point tensor for the next stage, or, from "
-                "the last stage, the scalar loss"
+                f"Stage {stage} uses a tensor that requires a gradient and is no leaf of its params: its gradient "
+                "would be neither clipped nor returned. Put it into the stage's params, or detach it"
             )
+        opaque = trace.opaque() - apart
+        if not opaque:
+            return trace
+        apart |= opaque
+
+
+def check_output(stage: int, value: Any, *, last: bool) -> None:
+    """Check what a stage returned for one example.
+
+    Raises:
+        LossError: it is not one floating-point tensor; or not a scalar, from the last stage.
+    """
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+    elif not value.is_floating_point() or (last and value.dim()):
+        kind = f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    else:
+        return
+    raise LossError(
+        f"Stage {stage} returned {kind}: expected one floating-point tensor for the next stage or, from the last, the "
+        "scalar loss of one example, and no aux"
+    )
 
 
 class StageModule(nn.Module):
@@ -290,20 +315,3 @@ class _Hidden(torch.autograd.Function):
     def backward(ctx: Any, at: Tensor) -> tuple[None, Tensor | None, None, None]:
         """Run it backward."""
         return None, ctx.work.backward(ctx.number, at), None, None
-
-
-def restricted(grouping: Grouping, leaves: Sequence[int]) -> tuple[Grouping, list[int]]:
-    """Restrict clipping groups to some leaves.
-
-    Args:
-        grouping: of all leaves.
-        leaves: indices of those to keep.
-
-    Returns:
-        The grouping of those leaves, and for each of its groups which one it is in `grouping`.
-    """
-    kept = sorted({grouping.of[leaf] for leaf in leaves})
-    place = {group: i for i, group in enumerate(kept)}
-    names = None if grouping.names is None else tuple(grouping.names[group] for group in kept)
-    of = tuple(place[grouping.of[leaf]] for leaf in leaves)
-    return Grouping(of, tuple(grouping.weightings[group] for group in kept), names), kept
