@@ -132,7 +132,8 @@ class Pipelined:
 
     Of the batch, the first stage reads the input and the last one the target. Where leaves of several stages are
     clipped together, the squared norms of a micro-batch are exchanged while later ones are computed, and what its sum
-    needs is kept until they are known: on each rank, for at most as many micro-batches as there are stages.
+    needs is kept until they are known: for at most as many micro-batches as there are stages, and on a rank with
+    several stages one round more.
 
     Arguments that any rank refuses, or that differ, end the call on every rank. An error in the middle of a schedule
     ends it on the others at the group's time-out, and the group is of no use afterwards.
@@ -201,7 +202,7 @@ class Pipelined:
                 micro-batches, or the ranks were not given the same.
             LeafError, LossError: as `pegrad.clipped_grad`; a stage returns anything but one tensor, or uses one that
                 requires a gradient and is no leaf of its parameters.
-            StrategyError: examples take different paths through a stage.
+            StrategyError: examples take different paths through a stage, or it cannot run on all at once.
         """
         sums, *values = self.add(self.init(params), params, batch, mask)
         return Clipped(self.finish(sums), *values)

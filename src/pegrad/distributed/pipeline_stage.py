@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pegrad import trees
 from pegrad.accumulation import extended, nothing
 from pegrad.clipping import Grouping
-from pegrad.errors import LossError, StrategyError
+from pegrad.errors import LossError, PegradError, StrategyError
 from pegrad.numerics import arithmetic
 from pegrad.plan.candidates import Candidate
 from pegrad.plan.parts import Part
@@ -25,6 +25,7 @@ from pegrad.problem import Leaves, Problem
 from pegrad.reductions.native import stacked_parts
 from pegrad.reductions.norms import KeptSums
 from pegrad.rules import RULES
+from pegrad.strategies.failures import out_of_memory, reason
 from pegrad.strategies.traced import Traced
 from pegrad.tracing.generators import Generators
 from pegrad.tracing.loss import FlatLoss
@@ -239,7 +240,7 @@ def trace_stage(stage: int, problem: Problem, apart: set[int], *, received: bool
 
     Raises:
         LossError: it uses a tensor that requires a gradient and is none of its parameters.
-        StrategyError: its examples take different paths.
+        StrategyError: its examples take different paths, or it cannot run on all at once.
     """
     while True:
         try:
@@ -251,6 +252,15 @@ def trace_stage(stage: int, problem: Problem, apart: set[int], *, received: bool
                 f"Stage {stage} asks a tensor for its value ({split.question}), and examples give different answers, "
                 "which a pipeline cannot follow: write it with torch.where"
             ) from None
+        except PegradError:
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise StrategyError(
+                f"Stage {stage} cannot run on all examples of a micro-batch at once. {reason(error)}. On one process "
+                "clipped_grad(compose(stages), ...) can, by a loop"
+            ) from error
         if trace.captured():
             raise LossError(
                 f"Stage {stage} uses a tensor that requires a gradient and is no leaf of its params: its gradient "
