@@ -394,6 +394,11 @@ def coupled(params: Any, image: Tensor) -> Tensor:
     return F.batch_norm(first(params, image)[None, :, None], None, None, training=True)[0, :, 0]
 
 
+def filled(params: Any, image: Tensor) -> Tensor:
+    image[0] = 0
+    return first(params, image)
+
+
 def vector(params: Any, example: Any) -> Tensor:
     return params["w"] @ example[0] + params["b"]
 
@@ -450,6 +455,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] 
     "a stage that returns a pair": ({"stages": [pair, last]}, {}, LossError, "no aux"),
     "a stage without its parameters": ({"stages": [idle, last]}, {}, LossError, "depend on any leaf of params"),
     "a stage for one example only": ({"stages": [unbatchable, last]}, {}, StrategyError, "Stage 0 cannot run on all"),
+    "a stage that changes its input": ({"stages": [filled, last]}, {}, LossError, "in place"),
     "batch normalisation": ({"stages": [coupled, last]}, {}, LossError, "batch normalisation"),
     "a last stage that returns a vector": ({"stages": [first, vector]}, {}, LossError, "scalar loss"),
     "a clipping that does not fit": ({"clip_norm": ByPrefix([1.0] * 3)}, {}, LeafError, "prefix"),

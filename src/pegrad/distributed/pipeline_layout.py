@@ -60,7 +60,7 @@ class Given(NamedTuple):
     batch: Any
     mask: Tensor | None
     size: int
-    count: int  # of micro-batches
+    microbatches: int
     device: torch.device
     key: Any  # what a layout depends on
 
@@ -115,7 +115,7 @@ def arrange(settings: Settings, given: Given) -> Layout:
     groups = sorted({group for _, kept in groupings for group in kept})
     modules = [StageModule() for _ in settings.local]
     return Layout(
-        _step(settings, given, metas, modules) if given.count else None,
+        _step(settings, given, metas, modules) if given.microbatches else None,
         modules,
         groupings,
         [group for group, stages in enumerate(homes) if len(stages) > 1],
@@ -225,7 +225,7 @@ def _step(settings: Settings, given: Given, metas: list[_Meta], modules: list[St
     ]
     one = settings.schedule in ONE_STAGE_A_RANK
     kind: Any = get_schedule_class(settings.schedule)
-    return kind(stages[0] if one else stages, given.count, loss_fn=_added_up, scale_grads=False).step
+    return kind(stages[0] if one else stages, given.microbatches, loss_fn=_added_up, scale_grads=False).step
 
 
 def _added_up(losses: Tensor, _: Tensor) -> Tensor:

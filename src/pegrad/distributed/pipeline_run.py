@@ -1,6 +1,7 @@
 """One call of a pipeline: its stages at work, and the norms that they exchange."""
 
 from collections import deque
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Run:
                 grouping=grouping,
                 shared=[place for place, group in enumerate(kept) if group in layout.shared],
                 choose=choose,
-                done=lambda number, squares, position=position: self._done(position, number, squares),
+                done=partial(self._done, position),
             )
             for position, (stage, params, (grouping, kept)) in enumerate(
                 zip(settings.local, given.params, layout.groupings, strict=True)
@@ -64,7 +65,7 @@ class Run:
     def run(self) -> None:
         """Run the schedule, and settle all micro-batches."""
         assert self._layout.step is not None, "there is a micro-batch"
-        numbers = torch.arange(self._given.count)
+        numbers = torch.arange(self._given.microbatches)
         first = (numbers,) if self._settings.local[0] == 0 else ()
         for module, work in zip(self._layout.modules, self._works, strict=True):
             module.work = work
@@ -94,7 +95,7 @@ class Run:
         if given.size:
             if last in self._settings.local:
                 found = self._works[-1].losses
-                losses = torch.cat([found[number] for number in range(given.count)])
+                losses = torch.cat([found[number] for number in range(given.microbatches)])
             dist.broadcast(losses, src=self._settings.home(last), group=self._settings.group)
         return self._examples(losses)
 

@@ -158,23 +158,14 @@ class StageWork:
             The output of every example, `(m, ...)`, cut off from the graph.
 
         Raises:
-            LossError: the stage is no function of one example to one tensor, or uses a tensor that requires a gradient
-                and is no parameter.
-            StrategyError: it cannot run on all examples at once.
+            LossError, StrategyError: see `trace_stage`; or the output is not what is expected.
         """
         part = slice(number * self._size, (number + 1) * self._size)
         rows = [x.detach()] * self._received + [leaf[part] for leaf in self._inputs]
         mask = None if self._mask is None else self._mask[part]
         problem = Problem(self._loss, self.leaves, rows, mask, self._rows)
-        versions = [leaf._version for leaf in (*self.leaves, *rows)]
-        book = Book(problem, Generators.now(), None)
+        book = self._books[number] = Book(problem, Generators.now(), None)
         book.trace = self._trace(problem)
-        if versions != [leaf._version for leaf in (*self.leaves, *rows)]:
-            raise LossError(
-                f"Stage {self.index} changes its params or its input in place, so it is not a pure function: make a "
-                "new tensor (a = a * b in place of a.mul_(b))"
-            )
-        self._books[number] = book
         output = book.trace.losses.detach()
         if self._last:
             self.losses[number] = output
@@ -239,9 +230,11 @@ def trace_stage(stage: int, problem: Problem, apart: set[int], *, received: bool
         received: whether the first leaf of the batch comes from the stage before, which wants the gradient there.
 
     Raises:
-        LossError: it uses a tensor that requires a gradient and is none of its parameters.
+        LossError: it uses a tensor that requires a gradient and is none of its parameters, or changes what it is given.
         StrategyError: its examples take different paths, or it cannot run on all at once.
     """
+    given = (*problem.params, *problem.batch)
+    versions = [leaf._version for leaf in given]
     while True:
         try:
             trace = Trace(
@@ -261,6 +254,11 @@ def trace_stage(stage: int, problem: Problem, apart: set[int], *, received: bool
                 f"Stage {stage} cannot run on all examples of a micro-batch at once. {reason(error)}. On one process "
                 "clipped_grad(compose(stages), ...) can, by a loop"
             ) from error
+        if versions != [leaf._version for leaf in given]:
+            raise LossError(
+                f"Stage {stage} changes its params or its input in place, so it is not a pure function: make a new "
+                "tensor (a = a * b in place of a.mul_(b))"
+            )
         if trace.captured():
             raise LossError(
                 f"Stage {stage} uses a tensor that requires a gradient and is no leaf of its params: its gradient "
