@@ -71,7 +71,9 @@ class Traced(Strategy):
             apart |= leaked  # the loss uses them in a way that the trace cannot see
 
     @staticmethod
-    def run_back(problem: Problem, trace: Trace, receiver: Receiver, *, last: bool = True) -> set[int]:
+    def run_back(
+        problem: Problem, trace: Trace, receiver: Receiver, *, last: bool = True, at: Tensor | None = None
+    ) -> set[int]:
         """Run a trace backward to a receiver; if that is not the whole of it, return the leaves that it misses."""
 
         def receive(tapped: Tapped, x: Tensor, g: Tensor) -> None:
@@ -79,7 +81,7 @@ class Traced(Strategy):
                 receiver.receive(tapped, x, g)
 
         with without_autocast(problem.device):
-            copies, leaks = trace.backward(receive, last=last)
+            copies, leaks = trace.backward(receive, last=last, at=at)
             leaked = {i for i, leaks_here in enumerate(leaks) if leaks_here}
             if not leaked:
                 with full_precision():

@@ -1,5 +1,6 @@
 """A user's loss, made into a function of plain lists of tensors that checks what it returns."""
 
+from collections.abc import Callable
 from typing import Any
 
 import optree
@@ -27,13 +28,21 @@ class FlatLoss:
         loss: `loss(params, example) -> scalar` or `(scalar, aux)`.
         params: the structure of the parameters.
         batch: the structure of an example.
+        check: raises an error unless the value is one that is expected. None: a real scalar.
 
     Attributes:
         function: the loss, as the user wrote it.
     """
 
-    def __init__(self, loss: Any, params: optree.PyTreeSpec, batch: optree.PyTreeSpec) -> None:
+    def __init__(
+        self,
+        loss: Any,
+        params: optree.PyTreeSpec,
+        batch: optree.PyTreeSpec,
+        check: Callable[[Any], None] | None = None,
+    ) -> None:
         self.function = loss
+        self._check = check or _check_scalar
         self._params = params
         self._batch = batch
         self._aux: optree.PyTreeSpec | None = None
@@ -56,7 +65,7 @@ class FlatLoss:
             if isinstance(error, PegradError) or explanation(error):
                 raise error  # the loss caught what the plain loop would not have raised, and took another path
         value, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-        _check_scalar(value)
+        self._check(value)
         self._ran, self._depends = True, self._depends or _depends(value, params)
         leaves, structure = trees.flatten(aux)
         if self._aux is not None and structure != self._aux:

@@ -37,7 +37,7 @@ from pegrad.tracing.foreign import refuse_checkpoint
 from pegrad.tracing.inlining import inlined
 from pegrad.tracing.inner_grad import SET_REQUIRES_GRAD, Differentiates, inner_grad, require_grad
 from pegrad.tracing.journal import Journal, kept, once
-from pegrad.tracing.lineage import lineage
+from pegrad.tracing.lineage import lineage, strangers
 from pegrad.tracing.loss import independent
 from pegrad.tracing.nested import WIDENED, on_all_images
 from pegrad.tracing.questions import INDEXED, QUESTIONS, Inquiry
@@ -80,6 +80,7 @@ class Trace(TorchFunctionMode):
         rules: for each function that has one, its rule.
         apart: indices of the leaves of which each example gets a copy from the start, whatever their uses.
         mask: `(B,)`, boolean; False marks rows whose path through the loss does not matter. None: all rows' does.
+        through: indices of the batch's leaves that the backward pass goes on to, for the gradients there.
 
     Raises:
         Split: the examples take different paths.
@@ -88,6 +89,8 @@ class Trace(TorchFunctionMode):
         params: the leaves that the loss was given: the parameters, cut off from any graph of the caller's.
         losses: `(B,)`, with the graph down to taps and copies.
         aux: the leaves of aux, each `(B, ...)`, detached.
+        inputs: the leaves in `through`, as the loss was given them.
+        input_grads: after a backward pass, the gradients there; zeros where the loss does not depend on one.
         tapped: the operations that met parameters, in the order in which they ran.
         copies: the parameters of which each example has a copy.
         journals: of the functions that are running and will run again in the backward pass.
@@ -101,12 +104,15 @@ class Trace(TorchFunctionMode):
         rules: Mapping[Callable, Rule],
         apart: Collection[int] = (),
         mask: Tensor | None = None,
+        through: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.params = [leaf.detach().requires_grad_() for leaf in params]
         self.tapped: list[Tapped] = []
         self.copies: list[Copies] = []
         self.journals: list[Journal] = []
+        self.inputs: list[Tensor] = []
+        self.input_grads: list[Tensor] = []
         self._rules = rules
         self._leaves = {id(leaf): i for i, leaf in enumerate(self.params)}
         self._made: dict[Any, bool] = {}
@@ -115,6 +121,7 @@ class Trace(TorchFunctionMode):
         self._anchor = torch.zeros((), requires_grad=True)
         self._line = Line()
         self._mask = mask
+        self._through = through
         self._whole = len(apart) == len(self.params)
         try:
             self._run(loss, batch, apart)
@@ -133,7 +140,8 @@ class Trace(TorchFunctionMode):
 
         with torch.enable_grad():
             copies = {i: self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart}
-            rows = [leaf.detach() for leaf in batch]
+            rows = [leaf.detach().requires_grad_(i in self._through) for i, leaf in enumerate(batch)]
+            self.inputs = [rows[i] for i in self._through]
             self._inquiry, self._aliases, self._here = Inquiry(self._mask, len(rows[0])), Aliases(), Made()
             try:
                 self.losses, aux = vmap(traced, randomness="different")(rows, copies)
@@ -145,12 +153,15 @@ class Trace(TorchFunctionMode):
         self._aliases, self._here = Aliases(), Made()
         self.aux = [leaf.detach() for leaf in aux]
 
-    def backward(self, receive: Receive, *, last: bool = True) -> tuple[list[Tensor], list[bool]]:
-        """Run the backward pass from every loss, down to taps and copies only.
+    def backward(
+        self, receive: Receive, *, last: bool = True, at: Tensor | None = None
+    ) -> tuple[list[Tensor], list[bool]]:
+        """Run the backward pass from every loss, down to taps, copies and the inputs that were asked for.
 
         Args:
             receive: called for every tapped operation that the loss depends on.
             last: whether the graph may be freed.
+            at: the gradients at the losses, of their shape. None: ones.
 
         Returns:
             For each of `copies`, the stacked gradient `(B, *source.shape)`; for each of `params`, whether the loss
@@ -162,14 +173,21 @@ class Trace(TorchFunctionMode):
         if not self.losses.requires_grad:
             raise independent()
         rows = [c.rows for c in self.copies]
-        inputs = [*rows, *self.params, self._anchor]
+        inputs = [*rows, *self.params, self._anchor, *self.inputs]
         with self._line.open(receive):
-            ones = torch.ones_like(self.losses)
-            grads = torch.autograd.grad(self.losses, inputs, ones, retain_graph=not last, allow_unused=True)
+            at = torch.ones_like(self.losses) if at is None else at
+            grads = torch.autograd.grad(self.losses, inputs, at, retain_graph=not last, allow_unused=True)
+        grads, at_inputs = grads[: len(inputs) - len(self.inputs)], grads[len(inputs) - len(self.inputs) :]
         if not self._line.sent and all(grad is None for grad in grads):
             raise independent()
-        stacked = [torch.zeros_like(r) if g is None else g for r, g in zip(rows, grads, strict=False)]
-        return stacked, [g is not None for g in grads[len(rows) : -1]]
+        self.input_grads = _or_zeros(self.inputs, at_inputs)
+        return _or_zeros(rows, grads[: len(rows)]), [g is not None for g in grads[len(rows) : -1]]
+
+    def captured(self) -> bool:
+        """Tell whether anything that the loss used requires a gradient and is none of the leaves that it was given."""
+        given = (*self.params, *(c.rows for c in self.copies), self._anchor, *self.inputs)
+        sources = [*(site.source for tapped in self.tapped for site in tapped.sites), *(c.source for c in self.copies)]
+        return strangers([self.losses, *sources], given)
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -364,6 +382,10 @@ class Trace(TorchFunctionMode):
             y = torch.ops.aten._unsafe_view(y, y.shape)
         send = self.announce(sites, x.shape, y.shape, x.dtype)
         return Tap.apply(y, send.anchor, x.detach(), send)
+
+
+def _or_zeros(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
