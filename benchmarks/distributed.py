@@ -7,6 +7,10 @@ floating or in fixed point. Processes that share this machine's cores are not fa
 distribution adds, wall time nothing else. Bytes are those of the loopback device while the steps run, of all ranks
 together, beside the least that any algorithm must send.
 
+Then two stages of a small convolutional network are a pipeline of two ranks, by schedule and size of micro-batch: how
+long a rank waits, beside the bubble `(K - 1) / (M + K - 1)` that M equal micro-batches leave in K equal stages, and what
+it needs at its peak (Lee et al. 2021, NanoBatch).
+
 The projection is arithmetic: what one process computes, divided by the ranks or not, and what the sums take to send,
 from the latency and bandwidth that were measured here or are given (`--latency`, `--bandwidth`).
 """
@@ -33,7 +37,7 @@ import report
 import runner
 from isolation import peak
 from pegrad import optim, random, trees
-from pegrad.distributed import ExactSum, FastSum, data_parallel, shard, split
+from pegrad.distributed import ExactSum, FastSum, data_parallel, pipeline, shard, split
 from pegrad.sampling import Draw
 from runner import Effort, Point, Results, spread
 
@@ -42,6 +46,9 @@ WIDTHS = {"smoke": (16, 32, 10), "cpu": (784, 2048, 2048, 10)}
 BATCH = {"smoke": 8, "cpu": 64}
 RANKS = 1, 2, 4
 PROJECTED = 8, 64, 1024
+MICROBATCHES = {"smoke": (2, 4), "cpu": (1, 2, 4, 8, 16, 32)}
+SCHEDULES = "GPipe", "1F1B"
+STAGES = 2
 WAYS: dict[str, tuple[bool, Any]] = {
     "whole": (False, FastSum),
     "whole, exact": (False, ExactSum),
@@ -64,11 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     points: dict[str, Callable[[], Point]] = {
         f"{way}/{ranks}": partial(on_ranks, ranks, steps, scale, way, rounds) for way in WAYS for ranks in RANKS
     }
+    points |= {
+        f"{schedule}/{size}": partial(on_ranks, STAGES, staged, scale, schedule, size, rounds)
+        for schedule in SCHEDULES
+        for size in MICROBATCHES[scale]
+    }
     points["link"] = partial(on_ranks, 2, link, rounds)
     points["parts"] = partial(on_ranks, 1, parts, scale, rounds)
     runner.run(points, results)
     console = Console(width=110)
     console.print(_measured(results))
+    console.print(_pipelines(results, scale))
     found = results["link"]
     latency, bandwidth = options.latency or found["latency"], options.bandwidth or found["bandwidth"]
     console.print(_projection(results["parts"], latency, bandwidth))
@@ -191,6 +204,56 @@ def least_bytes(params: Sequence[Tensor], exact: bool, sharded: bool, ranks: int
     return (ranks - 1) * ((sums + numbers * 4) if sharded else 2 * sums)
 
 
+def stages() -> tuple[list[Callable[..., Tensor]], list[dict[str, Tensor]]]:
+    """Make two stages of a convolutional network for images (3, 32, 32), and their parameters."""
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / torch.Size(shape[1:]).numel() ** 0.5
+
+    def first(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        for name in params:
+            x = F.conv2d(x, params[name], padding=1).relu()
+        return F.max_pool2d(x, 2)
+
+    def second(params: dict[str, Tensor], example: tuple[Tensor, Tensor]) -> Tensor:
+        x, label = example
+        x = F.max_pool2d(F.conv2d(x, params["conv"], padding=1).relu(), 4)
+        return F.cross_entropy(F.linear(x.flatten(), params["head"]), label)
+
+    return [first, second], [
+        {"conv1": weight(16, 3, 3, 3), "conv2": weight(16, 16, 3, 3)},
+        {"conv": weight(64, 16, 3, 3), "head": weight(10, 64 * 16)},
+    ]
+
+
+def staged(scale: str, schedule: str, size: int, rounds: int) -> Point:
+    """Find a clipped gradient by a pipeline; by rank: `waits`, the part of the time that it does not compute, and
+    `peak_bytes`; and `bubble`, what equal stages would wait.
+    """
+    functions, params = stages()
+    rows = BATCH[scale]
+    batch = torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(rows) % 10
+    clipped = pipeline(functions, clip_norm=1.0, microbatch_size=size, schedule=schedule)
+    mine = [params[index] for index in clipped.local]
+
+    def run() -> None:
+        clipped(mine, batch)
+
+    run()  # sets up what the schedule needs
+    _, needed = peak(run, "cpu")
+    waits = []
+    for _ in range(rounds):
+        dist.barrier()
+        cpu, wall = time.process_time(), time.perf_counter()
+        run()
+        waits.append(1 - (time.process_time() - cpu) / (time.perf_counter() - wall))
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, {"waits": spread(waits)["median"], "peak_bytes": needed})
+    microbatches = rows // size
+    return {"by_rank": by_rank, "bubble": (STAGES - 1) / (microbatches + STAGES - 1)}
+
+
 def link(rounds: int) -> Point:
     """Measure `latency`, the seconds of a small all-reduce over 2 ranks, and `bandwidth`, bytes a second of a large."""
 
@@ -268,6 +331,28 @@ def _measured(results: Results) -> Table:
                 "" if sent is None else f"{sent / 1e6:.1f}",
                 f"{sent / least:.2f}" if sent and least else "",
             )
+    return made
+
+
+def _pipelines(results: Results, scale: str) -> Table:
+    made = report.table(
+        f"a pipeline of {STAGES} stages, one clip norm; batch {BATCH[scale]}",
+        *(
+            "schedule",
+            "micro-batch",
+            "bubble of equal stages",
+            "rank 0 waits",
+            "rank 1 waits",
+            "peak MB, rank 0",
+            "rank 1",
+        ),
+    )
+    for schedule in SCHEDULES:
+        for size in MICROBATCHES[scale]:
+            point = results[f"{schedule}/{size}"]
+            waits = [f"{own['waits']:.0%}" for own in point["by_rank"]]
+            peaks = [report.megabytes(own["peak_bytes"]) for own in point["by_rank"]]
+            made.add_row(schedule, str(size), f"{point['bubble']:.0%}", *waits, *peaks)
     return made
 
 

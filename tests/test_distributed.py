@@ -16,20 +16,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import pegrad
 from pegrad import Adaptive, optim, random
-from pegrad.clipping import PerLeaf
+from pegrad.clipping import PerLayer, PerLeaf
 from pegrad.distributed import (
     AgreementError,
     ExactSum,
     FastSum,
+    compose,
     data_parallel,
     gather,
     load,
+    pipelined,
     restore,
     save,
     shard,
@@ -558,6 +560,70 @@ def test_half_a_checkpoint_is_none(tmp_path):
     save(tmp_path / "other", {"a": params["a"]}, state._replace(optimizer=()))
     with pytest.raises(DataFileError, match="no whole checkpoint"):
         restore(tmp_path / "other", params, state)
+
+
+STAGES = (
+    lambda params, x: torch.tanh(params["a"] @ x),
+    lambda params, given: torch.nn.functional.cross_entropy(params["b"] @ given[0], given[1]),
+)
+
+
+def staged_step(clip_norm, noise_multiplier, stages=STAGES):
+    return private(clip_norm, noise_multiplier, loss=compose(stages))
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, PerLayer(1.0, depth=1)], ids=["flat", "by stage"])
+def test_a_pipeline_by_data_parallel_takes_the_step_of_one_process(pool, clip_norm):
+    """Two pipelines of two stages share every batch."""
+    params, data = problem(torch.float64)
+    params = [{"a": params["a"]}, {"b": params["b"]}]
+    step = staged_step(clip_norm, 0.0)
+    state = step.init(params, random.key(1))
+    for t in range(3):
+        draw = SAMPLER(random.key(2), t)
+        params, state, _ = step(params, state, pegrad.sampling.gather(data, draw), draw.mask)
+    for rank, found in enumerate(pool.run(job_pipelines, 4, clip_norm)):
+        (name,) = found[0]
+        torch.testing.assert_close(found[0][name], params[rank % 2][name], rtol=1e-9, atol=1e-9)
+
+
+def job_pipelines(group, clip_norm):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipe"))
+    params, data = problem(torch.float64)
+    params = [[{"a": params["a"]}], [{"b": params["b"]}]][mesh["pipe"].get_local_rank()]
+    step = pipelined(staged_step(clip_norm, 0.0), STAGES, mesh["pipe"], microbatch_size=4)
+    step = data_parallel(step, mesh["data"])
+    state = step.init(params, random.key(1))
+    for t in range(3):
+        (share,) = split(SAMPLER(random.key(2), t), mesh["data"])
+        params, state, _ = step(params, state, load(data, share), share)
+    return params
+
+
+def test_stages_get_noise_of_their_own(pool):
+    """Each of the stated law, and none that of another."""
+    first, second = pool.run(job_stage_noise, 2)
+    assert follows(first, 3.0 / 15)
+    assert follows(second, 3.0 / 15)
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.03
+
+
+def job_stage_noise(group):
+    stages = [
+        lambda params, x: x + 0 * params["w"].sum(),
+        lambda params, given: given[0].sum() * 0 + 0 * params["w"].sum(),
+    ]
+    step = pipelined(staged_step(1.0, 3.0, stages), stages, group, microbatch_size=2)
+    state = step.init([WIDE], random.key(5))
+    batch = torch.zeros(4, 3), torch.zeros(4)
+    return step.release([WIDE], state, [(batch, None)]).grads[0]["w"]
+
+
+def test_no_pipeline_adapts_its_clip_norm():
+    with pytest.raises(ArgumentError, match="got Adaptive"):
+        pipelined(staged_step(Adaptive(1.0, count_noise_multiplier=3.0), 1.0), STAGES, microbatch_size=1)
+    with pytest.raises(ArgumentError, match="DPSGD"):
+        pipelined(loss, STAGES, microbatch_size=1)
 
 
 def test_a_rank_that_dies_ends_the_others_and_nothing_is_half_applied(tmp_path):

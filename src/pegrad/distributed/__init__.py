@@ -8,6 +8,7 @@ from pegrad.distributed.agreement import AgreementError
 from pegrad.distributed.checkpoints import Restored, restore, save
 from pegrad.distributed.data_parallel import DataParallel, data_parallel
 from pegrad.distributed.pipeline import Pipelined, compose, pipeline
+from pegrad.distributed.pipeline_step import PipelinedStep, pipelined
 from pegrad.distributed.sharding import gather, shard
 from pegrad.distributed.shares import Share, load, split
 from pegrad.distributed.sums import ExactSum, FastSum
@@ -19,6 +20,7 @@ __all__ = [
     "ExactSum",
     "FastSum",
     "Pipelined",
+    "PipelinedStep",
     "Restored",
     "Share",
     "compose",
@@ -26,6 +28,7 @@ __all__ = [
     "gather",
     "load",
     "pipeline",
+    "pipelined",
     "restore",
     "save",
     "shard",

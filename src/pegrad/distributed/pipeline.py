@@ -160,6 +160,11 @@ class Pipelined:
         return self.settings.normalize_by
 
     @property
+    def microbatch_size(self) -> int:
+        """Examples that go through a stage at a time."""
+        return self.settings.microbatch_size
+
+    @property
     def sensitivity(self) -> float:
         """How far one example, added or removed, can move the sums of all stages taken together."""
         return self.clipping.sensitivity / self.normalize_by
