@@ -8,8 +8,8 @@ distribution adds, wall time nothing else. Bytes are those of the loopback devic
 together, beside the least that any algorithm must send.
 
 Then two stages of a small convolutional network are a pipeline of two ranks, by schedule and size of micro-batch: how
-long a rank waits, beside the bubble `(K - 1) / (M + K - 1)` that M equal micro-batches leave in K equal stages, and what
-it needs at its peak (Lee et al. 2021, NanoBatch).
+long a rank waits, beside the bubble `(K - 1) / (M + K - 1)` that M equal micro-batches leave in K equal stages, and
+what it needs at its peak (Lee et al. 2021, NanoBatch).
 
 The projection is arithmetic: what one process computes, divided by the ranks or not, and what the sums take to send,
 from the latency and bandwidth that were measured here or are given (`--latency`, `--bandwidth`).
@@ -228,8 +228,11 @@ def stages() -> tuple[list[Callable[..., Tensor]], list[dict[str, Tensor]]]:
 
 
 def staged(scale: str, schedule: str, size: int, rounds: int) -> Point:
-    """Find a clipped gradient by a pipeline; by rank: `waits`, the part of the time that it does not compute, and
-    `peak_bytes`; and `bubble`, what equal stages would wait.
+    """Find a clipped gradient by a pipeline.
+
+    Returns:
+        By rank: `waits`, the part of the time in which it does not compute, and `peak_bytes`. And `bubble`, that part if
+        the stages were equal.
     """
     functions, params = stages()
     rows = BATCH[scale]

@@ -46,7 +46,7 @@ def test_the_code_of_the_page_on_many_processes_runs():
 
 @pytest.mark.parametrize("page", [SAMPLING, DISTRIBUTED], ids=lambda page: page.stem)
 def test_a_page_names_tests_that_exist(page):
-    defined = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    defined = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", page.read_text())
     assert named
     assert all(f"def {name}(" in defined for name in named)
