@@ -231,8 +231,8 @@ def staged(scale: str, schedule: str, size: int, rounds: int) -> Point:
     """Find a clipped gradient by a pipeline.
 
     Returns:
-        By rank: `waits`, the part of the time in which it does not compute, and `peak_bytes`. And `bubble`, that part if
-        the stages were equal.
+        By rank: `waits`, the part of the time in which it does not compute, and `peak_bytes`. And `bubble`, what that
+        part would be if the stages were equal.
     """
     functions, params = stages()
     rows = BATCH[scale]
