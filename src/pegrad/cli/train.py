@@ -9,7 +9,7 @@ from functools import partial
 from math import ceil, isfinite
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.figure import Figure
@@ -24,7 +24,6 @@ from pegrad.cli import checkpoints, parallel
 from pegrad.cli.checkpoints import Checkpoint
 from pegrad.cli.tables import timings
 from pegrad.clipping import Clipping, as_clipping
-from pegrad.distributed.groups import Group
 from pegrad.errors import ArgumentError
 from pegrad.papers import comparison, data, plots
 from pegrad.papers.data import Dataset
@@ -42,6 +41,9 @@ from pegrad.papers.training import (
     remaining,
 )
 from pegrad.trees import PyTree
+
+if TYPE_CHECKING:
+    from pegrad.distributed.groups import Group
 
 _EVALUATIONS = 10
 _ROUNDS = 3
@@ -62,18 +64,20 @@ def run(options: argparse.Namespace) -> None:
         _run(options, group)
 
 
-def _run(options: argparse.Namespace, group: Group) -> None:
-    first = group.rank == 0  # the others work, and are silent
+def _run(options: argparse.Namespace, group: "Group | None") -> None:
+    first = group is None or group.rank == 0  # the others work, and are silent
     console = Console(markup=False, highlight=False, quiet=not first)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is better known before the run
     dataset = _load(options)
     settings, privacy = _settings(options)
-    plan = parallel.shared(make_plan(settings, privacy, dataset), group)
+    plan = make_plan(settings, privacy, dataset)
+    if group is not None:
+        plan = parallel.shared(plan)
     title = _title(plan, settings, privacy, dataset)
     start = _start(options, settings, privacy, plan, dataset, group)
     console.print(title)
-    if group.size > 1:
+    if group is not None:
         console.print(f"{group.size} processes share every batch; losses and norms are those of the first one's part")
     console.print(_source_of_randomness(options, start))
     keep = partial(checkpoints.save, options.out) if first and options.out is not None else _keep_nothing
@@ -141,7 +145,7 @@ def _start(
     privacy: Privacy | None,
     plan: Plan,
     dataset: Dataset,
-    group: Group,
+    group: "Group | None",
 ) -> Checkpoint:
     """Begin a run, or take up the one that was cut off.
 
@@ -150,9 +154,11 @@ def _start(
         DataFileError: see `checkpoints.load`.
     """
     facts = _facts(options, settings, privacy, plan, dataset)
-    if group.size > 1:  # bits depend on how a batch is cut, and a step that is taken again must be the same one
+    key = random.key(options.seed)
+    if group is not None:  # bits depend on how a batch is cut, and a step that is taken again must be the same one
         facts["processes"] = group.size
-    begun = begin(plan, dataset, parallel.common_key(group, random.key(options.seed)))
+        key = parallel.common_key(group, key)
+    begun = begin(plan, dataset, key)
     if not options.resume:
         if options.out is not None:
             checkpoints.refuse_to_overwrite(options.out)
