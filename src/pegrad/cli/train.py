@@ -154,7 +154,7 @@ def _start(
         DataFileError: see `checkpoints.load`.
     """
     facts = _facts(options, settings, privacy, plan, dataset)
-    key = random.key(options.seed)
+    key: Tensor = random.key(options.seed)
     if group is not None:  # bits depend on how a batch is cut, and a step that is taken again must be the same one
         facts["processes"] = group.size
         key = parallel.common_key(group, key)
