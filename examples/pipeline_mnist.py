@@ -16,7 +16,7 @@ from torch import Tensor
 import pegrad
 from pegrad import random
 from pegrad.clipping import PerLayer
-from pegrad.distributed.pipeline import pipeline
+from pegrad.distributed.pipelining import pipeline
 from pegrad.papers.data import load_digits
 from pegrad.papers.models import sequential
 from pegrad.papers.models.initialisers import kaiming_fan_in

@@ -20,8 +20,8 @@ from torch import Tensor
 import oracle
 import pegrad
 from pegrad.clipping import ByLabel, ByPrefix, PerLayer, PerLeaf
-from pegrad.distributed.pipeline import SCHEDULES, Pipelined, compose, pipeline
-from pegrad.distributed.pipeline_stage import StageWork
+from pegrad.distributed.pipelining import SCHEDULES, Pipelined, compose, pipeline
+from pegrad.distributed.pipelining.stage import StageWork
 from pegrad.errors import ArgumentError, LeafError, LossError, StrategyError
 
 pytestmark = pytest.mark.xdist_group("pipeline")  # one pool of processes

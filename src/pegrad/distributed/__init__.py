@@ -7,8 +7,7 @@ itself: it is added once, is never sent, and does not depend on how many ranks t
 from pegrad.distributed.agreement import AgreementError
 from pegrad.distributed.checkpoints import Restored, restore, save
 from pegrad.distributed.data_parallel import DataParallel, data_parallel
-from pegrad.distributed.pipeline import Pipelined, compose, pipeline
-from pegrad.distributed.pipeline_step import PipelinedStep, pipelined
+from pegrad.distributed.pipelining import Pipelined, PipelinedStep, compose, pipeline, pipelined
 from pegrad.distributed.sharding import gather, shard
 from pegrad.distributed.shares import Share, load, split
 from pegrad.distributed.sums import ExactSum, FastSum

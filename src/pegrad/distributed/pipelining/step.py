@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pegrad import random
 from pegrad.distributed.groups import Mesh, group_of
-from pegrad.distributed.pipeline import Pipelined, pipeline
-from pegrad.distributed.pipeline_layout import Stage
+from pegrad.distributed.pipelining.clipped import Pipelined, pipeline
+from pegrad.distributed.pipelining.layout import Stage
 from pegrad.dp_sgd import DPSGD, State
 from pegrad.errors import ArgumentError
 from pegrad.trees import PyTree

@@ -18,7 +18,7 @@ from pegrad import trees
 from pegrad._validate import check_integer, check_scale
 from pegrad.accumulation import Added, Sums, extended, nothing, total
 from pegrad.clipping import Clipping, as_clipping
-from pegrad.distributed.pipeline_layout import (
+from pegrad.distributed.pipelining.layout import (
     ONE_STAGE_A_RANK,
     SCHEDULES,
     Given,
@@ -28,7 +28,7 @@ from pegrad.distributed.pipeline_layout import (
     arrange,
     told,
 )
-from pegrad.distributed.pipeline_run import Run
+from pegrad.distributed.pipelining.run import Run
 from pegrad.errors import ArgumentError, LeafError, PegradError
 from pegrad.per_example import Clipped, Loss
 from pegrad.strategies.book_keeping import BookKeeping

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pegrad import trees
-from pegrad.distributed.pipeline_layout import Given, Layout, Settings
-from pegrad.distributed.pipeline_stage import StageWork
+from pegrad.distributed.pipelining.layout import Given, Layout, Settings
+from pegrad.distributed.pipelining.stage import StageWork
 from pegrad.errors import PegradError
 from pegrad.numerics import accumulator
 from pegrad.plan.plan import Choose

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.clipping import Clipping, Grouping, grouping_of
-from pegrad.distributed.pipeline_stage import StageModule, check_output, trace_stage
+from pegrad.distributed.pipelining.stage import StageModule, check_output, trace_stage
 from pegrad.errors import ArgumentError, LossError
 from pegrad.problem import Problem
 from pegrad.tracing.generators import Generators
