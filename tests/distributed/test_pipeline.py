@@ -455,7 +455,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] 
     "a batch that is no pair": ({}, {"batch": batch_of(8)[0]}, LeafError, "expected a pair"),
     "a mask of numbers": ({}, {"mask": torch.ones(8)}, LeafError, "mask is no boolean tensor"),
     "parameters of another number of stages": ({}, {"params": params_of(2)}, LeafError, "list of 1"),
-    "a captured parameter": ({"stages": [capturing, last]}, {}, LossError, "no leaf of its params"),
+    "a captured parameter": ({"stages": [capturing, last]}, {}, LossError, "is no parameter"),
     "a stage that returns a pair": ({"stages": [pair, last]}, {}, LossError, "no aux"),
     "a stage without its parameters": ({"stages": [idle, last]}, {}, LossError, "depend on any leaf of params"),
     "a stage for one example only": ({"stages": [unbatchable, last]}, {}, StrategyError, "Stage 0 cannot run on all"),
@@ -476,7 +476,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] 
 }
 ALONE: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
     "a wrong mask on one rank": ({}, {"mask": torch.ones(8), "only": 1}, LeafError, "mask"),
-    "a captured parameter on one rank": ({"stages": [capturing, last]}, {"only": 0}, LossError, "params"),
+    "a captured parameter on one rank": ({"stages": [capturing, last]}, {"only": 0}, LossError, "is no parameter"),
 }
 
 

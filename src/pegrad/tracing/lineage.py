@@ -93,19 +93,3 @@ def reaches(value: Tensor, tensors: Sequence[Tensor]) -> bool:
         seen.add(node)
         stack += [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
     return False
-
-
-def strangers(values: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
-    """Tell whether the graphs of some values lead to a leaf that is none of those known."""
-    leaves = {id(tensor) for tensor in known}
-    seen: set[Any] = set()
-    stack: list[Any] = [value.grad_fn for value in values if value.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() == _LEAF and id(node.variable) not in leaves:
-            return True
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
-    return False

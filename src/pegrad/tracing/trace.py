@@ -37,7 +37,7 @@ from pegrad.tracing.foreign import refuse_checkpoint
 from pegrad.tracing.inlining import inlined
 from pegrad.tracing.inner_grad import SET_REQUIRES_GRAD, Differentiates, inner_grad, require_grad
 from pegrad.tracing.journal import Journal, kept, once
-from pegrad.tracing.lineage import lineage, strangers
+from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
 from pegrad.tracing.nested import WIDENED, on_all_images
 from pegrad.tracing.questions import INDEXED, QUESTIONS, Inquiry
@@ -182,12 +182,6 @@ class Trace(TorchFunctionMode):
             raise independent()
         self.input_grads = _or_zeros(self.inputs, at_inputs)
         return _or_zeros(rows, grads[: len(rows)]), [g is not None for g in grads[len(rows) : -1]]
-
-    def captured(self) -> bool:
-        """Tell whether anything that the loss used requires a gradient and is none of the leaves that it was given."""
-        given = (*self.params, *(c.rows for c in self.copies), self._anchor, *self.inputs)
-        sources = [*(site.source for tapped in self.tapped for site in tapped.sites), *(c.source for c in self.copies)]
-        return strangers([self.losses, *sources], given)
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

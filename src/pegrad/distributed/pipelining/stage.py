@@ -259,11 +259,6 @@ def trace_stage(stage: int, problem: Problem, apart: set[int], *, received: bool
                 f"Stage {stage} changes its params or its input in place, so it is not a pure function: make a new "
                 "tensor (a = a * b in place of a.mul_(b))"
             )
-        if trace.captured():
-            raise LossError(
-                f"Stage {stage} uses a tensor that requires a gradient and is no leaf of its params: its gradient "
-                "would be neither clipped nor returned. Put it into the stage's params, or detach it"
-            )
         opaque = trace.opaque() - apart
         if not opaque:
             return trace
