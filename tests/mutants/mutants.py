@@ -1904,7 +1904,7 @@ MUTANTS = [
         "        if together not in self._waits:\n            super()._sum(together)",
         "        super()._sum(together)",
         "distributed/test_pipeline.py -k agrees_with_the_loop",
-        "a stage clips by its own norm what is clipped together with other stages: the sum is more sensitive than noted",
+        "a stage clips by its own norm what is clipped with other stages: the sum is more sensitive",
     ),
     Mutant(
         "distributed/pipeline_stage.py",
