@@ -339,7 +339,7 @@ def opaque(params: Any, x: Tensor) -> Tensor:
 
 def leaking(params: Any, x: Tensor) -> Tensor:
     """`2 w x`, in a way that the trace sees only when it is run backward."""
-    return torch.func.grad(lambda w: (w * w).sum())(params["w"]) * x
+    return torch.func.grad(lambda w: (w * w + x).sum())(params["w"]) * x
 
 
 def dropping(params: Any, x: Tensor) -> Tensor:
