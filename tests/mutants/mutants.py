@@ -798,7 +798,7 @@ MUTANTS = [
     # Recurrent networks
     Mutant(
         "rules/recurrent/sweeps.py",
-        "return now.clone(), last, (gates",
+        "return _copy(now), last, (gates",
         "return now, last, (gates",
         "test_recurrent.py -k changed_in_place and auto",
         "a loss that changes an LSTM's output in place changes what the way back reads",
@@ -812,10 +812,31 @@ MUTANTS = [
     ),
     Mutant(
         "rules/recurrent/sweeps.py",
-        "grad_cell.addcmul_(grad, to_cells[t])",
-        "grad_cell.addcmul_(inflow, to_cells[t])",
+        "grad = torch.addmm(inflow, rows[t], weights.hh)",
+        "grad = inflow",
         "test_recurrent.py -k modules and auto",
         "an LSTM's cell has no gradient from later steps' hidden states",
+    ),
+    Mutant(
+        "rules/recurrent/sweeps.py",
+        "_add_bias(_by_gate(ih), None if weights.bias_ih is None else",
+        "_add_bias(_by_gate(ih), None if True else",
+        "test_recurrent.py -k modules and auto",
+        "an LSTM without its biases",
+    ),
+    Mutant(
+        "rules/recurrent/sweeps.py",
+        "before = [*(inflows[t] for t in way[1:]), output",
+        "before = [*(inflows[t] for t in way[:-1]), output",
+        "test_recurrent.py -k modules and auto",
+        "the gradient at a step's output taken for that at the output of the one before it",
+    ),
+    Mutant(
+        "rules/recurrent/sweeps.py",
+        "grad_input=torch.empty_like(squashed)",
+        "grad_input=squashed",
+        "test_recurrent.py -k modules and ghost",
+        "an LSTM's way back overwrites what a second one needs",
     ),
     Mutant(
         "rules/recurrent/sweeps.py",
