@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
@@ -80,10 +81,11 @@ def _run(options: argparse.Namespace, group: "Group | None") -> None:
     if group is not None:
         console.print(f"{group.size} processes share every batch; losses and norms are those of the first one's part")
     console.print(_source_of_randomness(options, start))
-    keep = partial(checkpoints.save, options.out) if first and options.out is not None else _keep_nothing
-    outcome = _watch(plan, dataset, start, keep, silent=not first)
     if not first:
+        deque(remaining(plan, dataset, start.progress), maxlen=0)
         return
+    keep = partial(checkpoints.save, options.out) if options.out is not None else _keep_nothing
+    outcome = _watch(plan, dataset, start, keep)
     console.print(_result(outcome, privacy))
     rows = _time_strategies(plan, dataset, outcome.progress.params, settings.batch_size)
     console.print(timings(f"clipped gradients of {settings.batch_size} examples, by strategy", rows))
@@ -171,9 +173,7 @@ def _start(
     return past
 
 
-def _watch(
-    plan: Plan, dataset: Dataset, past: Checkpoint, keep: Callable[[Checkpoint], None], *, silent: bool
-) -> Checkpoint:
+def _watch(plan: Plan, dataset: Dataset, past: Checkpoint, keep: Callable[[Checkpoint], None]) -> Checkpoint:
     """Train under a progress bar, evaluating and keeping the run now and then."""
     now = past
     history, losses, norms = [*past.history], [*past.losses], [*past.norms]
@@ -182,8 +182,7 @@ def _watch(
     epoch = ceil(len(dataset.train_labels) / past.settings["batch_size"])
     start = perf_counter() - past.seconds
     left = remaining(plan, dataset, past.progress)
-    done = past.progress.state.step
-    with tqdm(left, total=plan.steps, initial=done, desc="training", unit="step", disable=silent) as bar:
+    with tqdm(left, total=plan.steps, initial=past.progress.state.step, desc="training", unit="step") as bar:
         for taken in bar:
             count = taken.state.step
             losses.append(taken.metrics.mean_loss.item())
