@@ -2,7 +2,7 @@
 # `make test-all` runs what takes longer beside them: whole tables of operations, searches, mutants.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 READY := .venv/.ready
 
 .PHONY: demo test test-all lint types clean

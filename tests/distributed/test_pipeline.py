@@ -312,6 +312,26 @@ def test_a_sum_over_many_rows_is_a_float64(pool: Pool) -> None:
     oracle.assert_close(reference(2, "each stage", batch, None, torch.float32).grads, grads, 1e-5)
 
 
+def test_a_pipeline_is_called_under_autocast_and_without(pool: Pool) -> None:
+    batch, params = batch_of(8, torch.float32), params_of(2, torch.float32)
+    function = pegrad.clipped_grad(compose(stages_of(2)), clip_norm=8.0)
+    answers = pool.run(2, cast_and_not, params, batch)
+    for call, enabled in enumerate((False, True, False)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            expected = function(params, batch)
+        oracle.assert_close(expected.grads, joined([answer[call] for answer in answers]), 1e-5)
+
+
+def cast_and_not(group: Any, params: Any, batch: Any) -> Any:
+    pipe = pipeline(stages_of(2), group, clip_norm=8.0, microbatch_size=2)
+    answers = []
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = pipe([params[stage] for stage in pipe.local], batch)
+        answers.append(({pipe.local[0]: numpy(out.grads[0])},))
+    return answers
+
+
 # Stages that the trace must step aside for
 
 
