@@ -510,6 +510,21 @@ def test_every_rank_refuses(pool: Pool, what: str) -> None:
         assert message in str(answer) or "says why" in str(answer), str(answer)
 
 
+def changing(params: Any, image: Tensor) -> Tensor:
+    CALLS.append(None)
+    return first(params, image)[: -1 if len(CALLS) > 3 else None]
+
+
+CALLS: list[None] = []
+
+
+def test_an_output_of_another_shape_than_was_agreed_is_refused(pool: Pool) -> None:
+    change = {"stages": [changing, last], "schedule": "Interleaved1F1B"}
+    (answer,) = pool.run(1, refused, change, {"params": params_of(2)})
+    assert isinstance(answer, LossError), repr(answer)
+    assert "expected the same for every micro-batch" in str(answer)
+
+
 @pytest.mark.parametrize("what", ALONE)
 def test_what_one_rank_refuses_ends_the_call_on_all(pool: Pool, what: str) -> None:
     change, call, kind, message = ALONE[what]

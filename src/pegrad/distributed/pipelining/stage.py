@@ -171,8 +171,8 @@ class StageWork:
         output = book.trace.losses.detach()
         if (output.shape[1:], output.dtype) != self._output:
             raise LossError(
-                f"Stage {self.index} returned a tensor of shape {tuple(output.shape[1:])} and dtype {output.dtype}, but "
-                f"for an example of zeros {self._output[0]} and {self._output[1]}: expected the same for every example"
+                f"Stage {self.index} returned a tensor of shape {tuple(output.shape[1:])} and dtype {output.dtype}, "
+                f"but before {self._output[0]} and {self._output[1]}: expected the same for every micro-batch"
             )
         if self._last:
             self.losses[number] = output
