@@ -245,6 +245,26 @@ def test_a_sum_over_many_rows_is_a_float64(pool: Pool) -> None:
     oracle.assert_close(reference(2, "each stage", batch, None, torch.float32).grads, grads, 1e-5)
 
 
+def test_a_pipeline_is_called_under_autocast_and_without(pool: Pool) -> None:
+    batch, params = batch_of(8, torch.float32), params_of(2, torch.float32)
+    function = pegrad.clipped_grad(compose(stages_of(2)), clip_norm=8.0)
+    answers = pool.run(2, cast_and_not, params, batch)
+    for call, enabled in enumerate((False, True, False)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            expected = function(params, batch)
+        oracle.assert_close(expected.grads, joined([answer[call] for answer in answers]), 1e-5)
+
+
+def cast_and_not(group: Any, params: Any, batch: Any) -> Any:
+    pipe = pipeline(stages_of(2), group, clip_norm=8.0, microbatch_size=2)
+    answers = []
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = pipe([params[stage] for stage in pipe.local], batch)
+        answers.append(({pipe.local[0]: numpy(out.grads[0])},))
+    return answers
+
+
 # Stages that the trace must step aside for
 
 
@@ -421,6 +441,21 @@ def test_every_rank_refuses(pool: Pool, what: str) -> None:
     for answer in pool.run(refused, 2, change, call):
         assert isinstance(answer, kind | LossError), repr(answer)
         assert message in str(answer) or "says why" in str(answer), str(answer)
+
+
+def changing(params: Any, image: Tensor) -> Tensor:
+    CALLS.append(None)
+    return first(params, image)[: -1 if len(CALLS) > 3 else None]
+
+
+CALLS: list[None] = []
+
+
+def test_an_output_of_another_shape_than_was_agreed_is_refused(pool: Pool) -> None:
+    change = {"stages": [changing, last], "schedule": "Interleaved1F1B"}
+    (answer,) = pool.run(1, refused, change, {"params": params_of(2)})
+    assert isinstance(answer, LossError), repr(answer)
+    assert "expected the same for every micro-batch" in str(answer)
 
 
 @pytest.mark.parametrize("what", ALONE)

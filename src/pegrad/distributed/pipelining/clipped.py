@@ -321,8 +321,10 @@ def _checked(settings: Settings, params: PyTree, batch: PyTree, mask: Tensor | N
         )
     count = size // settings.microbatch_size
     _check_count(settings, count)
-    key = (count, *shapes, structure, tuple((row.shape[1:], row.dtype) for row in rows))
-    return Given(params, batch, mask, size, count, _device(params), key)
+    device = _device(params)
+    autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    key = (count, *shapes, structure, tuple((row.shape[1:], row.dtype) for row in rows), autocast)
+    return Given(params, batch, mask, size, count, device, key)
 
 
 def _check_count(settings: Settings, count: int) -> None:

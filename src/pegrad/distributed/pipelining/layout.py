@@ -89,8 +89,8 @@ class Layout:
     """The groups that local leaves are in."""
     names: tuple[str, ...] | None
     """Of `groups`; None where all leaves are clipped together."""
-    dtype: torch.dtype
-    """Of the losses."""
+    outputs: list[tuple[tuple[int, ...], torch.dtype]]
+    """Of every stage, what one example's output is like."""
 
 
 def arrange(settings: Settings, given: Given) -> Layout:
@@ -121,7 +121,7 @@ def arrange(settings: Settings, given: Given) -> Layout:
         [group for group, stages in enumerate(homes) if len(stages) > 1],
         groups,
         None if grouping.names is None else tuple(grouping.names[group] for group in groups),
-        metas[-1].dtype,
+        [(meta.shape, meta.dtype) for meta in metas],
     )
 
 

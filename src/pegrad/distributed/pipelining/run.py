@@ -49,6 +49,7 @@ class Run:
                 _inputs(stage, last, given.batch),
                 received=stage > 0,
                 last=stage == last,
+                output=layout.outputs[stage],
                 mask=None if given.mask is None else given.mask.to(given.device),
                 rows=given.size,
                 size=settings.microbatch_size,
@@ -91,7 +92,7 @@ class Run:
     def losses(self) -> Tensor:
         """Return every example's loss, `(B,)`, on every rank; 0 for padding."""
         given, last = self._given, len(self._settings.stages) - 1
-        losses = torch.zeros(given.size, dtype=self._layout.dtype, device=given.device)
+        losses = torch.zeros(given.size, dtype=self._layout.outputs[last][1], device=given.device)
         if given.size:
             if last in self._settings.local:
                 found = self._works[-1].losses

@@ -98,6 +98,7 @@ class StageWork:
             empty list of leaves for a stage in the middle.
         received: whether `x` comes from the stage before; the structure is then that of `x` or of `(x, target)`.
         last: whether its output is the loss.
+        output: the shape and the dtype of one example's output, as the other stages have been told.
         mask: `(B,)`, or None.
         rows: B.
         size: m, the rows of a micro-batch.
@@ -116,6 +117,7 @@ class StageWork:
         *,
         received: bool,
         last: bool,
+        output: tuple[tuple[int, ...], torch.dtype],
         mask: Tensor | None,
         rows: int,
         size: int,
@@ -129,7 +131,7 @@ class StageWork:
         self.losses: dict[int, Tensor] = {}
         self._inputs, structure = inputs
         self._loss = FlatLoss(stage, spec, structure, lambda value: check_output(index, value, last=last))
-        self._received, self._last = received, last
+        self._received, self._last, self._output = received, last, output
         self._mask, self._rows, self._size = mask, rows, size
         self._grouping, self._shared = grouping, shared
         self._choose, self._done = choose, done
@@ -167,6 +169,11 @@ class StageWork:
         book = self._books[number] = Book(problem, Generators.now(), None)
         book.trace = self._trace(problem)
         output = book.trace.losses.detach()
+        if (output.shape[1:], output.dtype) != self._output:
+            raise LossError(
+                f"Stage {self.index} returned a tensor of shape {tuple(output.shape[1:])} and dtype {output.dtype}, "
+                f"but before {self._output[0]} and {self._output[1]}: expected the same for every micro-batch"
+            )
         if self._last:
             self.losses[number] = output
         return output.contiguous()
