@@ -19,7 +19,7 @@ from ranks import SIZES
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import pegrad
 from pegrad import Adaptive, optim, random
@@ -41,7 +41,7 @@ from pegrad.distributed import (
 )
 from pegrad.distributed.agreement import _hash
 from pegrad.dp_sgd import add_noise
-from pegrad.errors import ArgumentError, DataFileError, LossError
+from pegrad.errors import ArgumentError, DataFileError, LeafError, LossError
 from pegrad.sampling import Draw, PoissonSampler
 
 SAMPLER = PoissonSampler(60, 0.25, max_batch_size=40)
@@ -198,6 +198,46 @@ def job_not_elementwise(group):
 
     params = shard(problem()[0], group)
     return data_parallel(private(optimizer=(lambda params: (), update)), group).init(params, random.key(1))
+
+
+def test_what_cannot_be_sharded_is_refused(pool):
+    with pytest.raises(ArgumentError, match="init_process_group"):
+        shard({"w": torch.ones(3)})
+    for said in pool.run(job_refused_shards, 4):
+        expected = [
+            "Expected a whole tensor at leaf ['w'], got float",
+            "Expected a mesh of one dimension, got 2: take one, as in mesh['data']",
+            "A leaf of params is a DTensor with placements (Replicate(),) on 4 ranks",
+            "A leaf of params is a DTensor with placements (Shard(dim=0),) on 2 ranks",
+            "Expected gathered to be a prefix of params, True or False for each part",
+        ]
+        for message, beginning in zip(said, expected, strict=True):
+            assert message.startswith(beginning)
+
+
+def job_refused_shards(group):
+    params, data = problem()
+    mesh, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipe"))
+    (share,) = split(drawn(1, 2, 3), group)
+
+    def taken(params, **kwargs):
+        step = data_parallel(private(), group, **kwargs)
+        step(params, private().init(problem()[0], random.key(1)), load(data, share), share)
+
+    calls = [
+        lambda: shard({"w": 1.0}, group),
+        lambda: shard(params, square),
+        lambda: taken({**params, "a": distribute_tensor(params["a"], mesh, [Replicate()], src_data_rank=None)}),
+        lambda: taken({**params, "a": shard(params["a"], square["data"])}),
+        lambda: taken(shard(params, group), gathered={"other": True}),
+    ]
+    said = []
+    for call in calls:
+        try:
+            call()
+        except (ArgumentError, LeafError) as error:
+            said.append(str(error))
+    return said
 
 
 def test_shards_hold_a_part_of_everything(pool):

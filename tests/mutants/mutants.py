@@ -2004,6 +2004,27 @@ MUTANTS = [
         "distributed/test_data_parallel.py -k test_modules_and_tensors",
         "weights that the loss has from elsewhere get no gradient",
     ),
+    Mutant(
+        "distributed/pipelining/step.py",
+        "random.fold_in(key, self.place)",
+        "key",
+        "distributed/test_data_parallel.py -k test_stages_get_noise",
+        "all stages get the same noise",
+    ),
+    Mutant(
+        "distributed/whole.py",
+        "return ctx.group.scatter_sum(padded)[: ctx.here], None, None",
+        "return padded.chunk(ctx.group.size)[ctx.group.rank][: ctx.here], None, None",
+        "distributed/test_data_parallel.py -k test_parameters_that_are_never_gathered",
+        "a rank's rows learn from its own examples alone",
+    ),
+    Mutant(
+        "distributed/whole.py",
+        "(part.requires_grad and not transformed())",
+        "False",
+        "distributed/test_data_parallel.py -k test_whole_is_for_traced_losses",
+        "an example is clipped by a part of its norm",
+    ),
     # Pipelines
     Mutant(
         "distributed/pipelining/stage.py",
