@@ -248,7 +248,7 @@ def test_a_sum_over_many_rows_is_a_float64(pool: Pool) -> None:
 def test_a_pipeline_is_called_under_autocast_and_without(pool: Pool) -> None:
     batch, params = batch_of(8, torch.float32), params_of(2, torch.float32)
     function = pegrad.clipped_grad(compose(stages_of(2)), clip_norm=8.0)
-    answers = pool.run(2, cast_and_not, params, batch)
+    answers = pool.run(cast_and_not, 2, params, batch)
     for call, enabled in enumerate((False, True, False)):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             expected = function(params, batch)
@@ -453,7 +453,7 @@ CALLS: list[None] = []
 
 def test_an_output_of_another_shape_than_was_agreed_is_refused(pool: Pool) -> None:
     change = {"stages": [changing, last], "schedule": "Interleaved1F1B"}
-    (answer,) = pool.run(1, refused, change, {"params": params_of(2)})
+    (answer,) = pool.run(refused, 1, change, {"params": params_of(2)})
     assert isinstance(answer, LossError), repr(answer)
     assert "expected the same for every micro-batch" in str(answer)
 

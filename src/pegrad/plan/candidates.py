@@ -1,7 +1,6 @@
 """The ways to the norms and the weighted sum of a parameter's uses, and the cheapest: by estimate or as measured."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
 from typing import NamedTuple
@@ -40,27 +39,23 @@ class Shaped(NamedTuple):
         return *known, self.x, self.g, self.dtype, self.outer
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to the norms and the weighted sum of one parameter's gradients.
-
-    Args:
-        names: names of the kernels that find the norms, one for each kind of use.
-        kernels: those kernels.
-        stacks: whether they stack gradients.
-        keeps: whether the sum is a contraction of those, kept; otherwise it is computed natively.
-        norm_time: nanoseconds for the norms.
-        sum_time: nanoseconds for the sum.
-        numbers: how many numbers are kept.
-    """
+class Candidate(NamedTuple):
+    """One way to the norms and the weighted sum of one parameter's gradients."""
 
     names: tuple[str, ...]
+    """Names of the kernels that find the norms, one for each kind of use."""
     kernels: tuple[Kernel, ...]
+    """Those kernels."""
     stacks: bool
+    """Whether they stack gradients."""
     keeps: bool
+    """Whether the sum is a contraction of those, kept; otherwise it is computed natively."""
     norm_time: float
+    """Nanoseconds for the norms."""
     sum_time: float
+    """Nanoseconds for the sum."""
     numbers: int
+    """How many numbers are kept."""
 
     def __repr__(self) -> str:
         """Leave the kernels out: their names say it."""
@@ -160,10 +155,10 @@ class Choices:
             picked = choose(uses, self._timings, keep=self._keep)
             if len(self._picked) == _REMEMBERED:
                 self._picked.clear()
-            self._picked[key] = replace(picked, kernels=())  # which know their site, which holds a parameter
+            self._picked[key] = picked._replace(kernels=())  # which know their site, which holds a parameter
             return picked
         offers = (use.site.stacking(use.x, use.g) if picked.stacks else use.site.norming(use.x, use.g) for use in uses)
-        return replace(picked, kernels=tuple(offer[name] for offer, name in zip(offers, picked.names, strict=True)))
+        return picked._replace(kernels=tuple(offer[name] for offer, name in zip(offers, picked.names, strict=True)))
 
 
 _REMEMBERED = 4096
