@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "pitfalls.md").read_text()
 def test_every_test_that_stands_guard_exists():
     """Catches: a guard that was renamed or taken away."""
     named = set(re.findall(r"`(test_\w+)`", PAGE))
-    defined = set(re.findall(r"def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))))
+    defined = set(re.findall(r"def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))))
     assert len(named) > 10
     assert not named - defined
 

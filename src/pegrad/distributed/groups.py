@@ -75,4 +75,7 @@ def group_of(mesh: Mesh) -> Group:
         raise ArgumentError(
             f"Expected mesh to be a DeviceMesh, a process group this process is in, or None, got {type(mesh).__name__}"
         )
-    return Group(mesh, dist.get_rank(mesh), dist.get_world_size(mesh))
+    rank = dist.get_rank(mesh)
+    if rank < 0:
+        raise ArgumentError("Expected a process group this process is in, got one of other processes")
+    return Group(mesh, rank, dist.get_world_size(mesh))
