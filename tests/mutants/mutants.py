@@ -1964,8 +1964,8 @@ MUTANTS = [
     ),
     Mutant(
         "distributed/agreement.py",
-        " + int(((block >> 32) * here).sum()) * _ODD",
-        "",
+        "out=here).add_(some)",
+        "out=here).mul_(0).add_(some)",
         "distributed/test_data_parallel.py -k test_large_tensors",
         "parameters of opposite signs are taken for the same",
     ),

@@ -102,25 +102,27 @@ def _look(leaf: Any) -> str:
 
 
 def _fingerprint(leaf: Tensor) -> list[int]:
-    """Tell a tensor's bits by a few numbers, on its device and at the speed of its memory.
+    """Tell a tensor's bits by a few numbers, on its device and at about the speed of its memory.
 
-    A word counts times an odd number of its place, modulo 2^64, so that a change of any one is seen; its upper half
-    counts once more, as many changes of the topmost bits, signs for one, could make up for each other.
+    A word, with its upper half added so that changes of topmost bits, signs for one, do not make up for each other,
+    counts times an odd number of its place, modulo 2^64.
     """
     flat = leaf.contiguous().flatten()
     if flat.storage_offset() * flat.element_size() % _WORD:
         flat = flat.clone()
-    found = 0
-    rest = flat.numel() * flat.element_size() % _WORD // flat.element_size() if flat.numel() else 0
+    rest = flat.numel() * flat.element_size() % _WORD // flat.element_size()
     words = flat[: flat.numel() - rest].view(torch.int64)
-    places = torch.arange(1, 2 * min(_WORDS, max(1, len(words))), 2, device=flat.device) * _ODD
-    for block in words.split(_WORDS):
-        here = places[: len(block)]
-        found = found * _ODD + int((block * here).sum()) + int(((block >> 32) * here).sum()) * _ODD
-        found %= 1 << 64
-    return [found, *flat[flat.numel() - rest :].view(torch.uint8).tolist()]
+    block = min(len(words), _CACHED if flat.device.type == "cpu" else _MANY)
+    places = torch.arange(1, 2 * block, 2, device=flat.device) * _ODD
+    mixed = torch.empty_like(places)
+    found = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for some in words.split(block) if block else ():
+        here = mixed[: len(some)]
+        torch.bitwise_right_shift(some, 32, out=here).add_(some).mul_(places[: len(some)])
+        found = found * _ODD + here.sum()
+    return [int(found), *flat[flat.numel() - rest :].view(torch.uint8).tolist()]
 
 
+_CACHED, _MANY = 1 << 15, 1 << 22
 _WORD = 8  # bytes
-_WORDS = 1 << 20
 _ODD = -7046029254386353131  # 2^64 over the golden ratio, an odd number whose bits are well mixed
