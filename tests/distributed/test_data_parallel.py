@@ -468,6 +468,18 @@ def test_large_tensors_that_differ_in_one_bit_are_told_apart(dtype):
     assert all(0 <= number < 1 << 63 for number in hashes)
 
 
+def test_tensors_of_every_size_are_told_apart():
+    """Sizes that are no multiple of a word, empty ones, and parts of a tensor that begin anywhere."""
+    for dtype in torch.bool, torch.float16, torch.float32, torch.float64:
+        for size in range(20):
+            tensor = torch.ones(size, dtype=dtype)
+            assert _hash(torch.ones(size + 3, dtype=dtype)[3:]) == _hash(tensor)
+            assert _hash(torch.ones(size + 1, dtype=dtype)) != _hash(tensor)
+            if size:
+                tensor[-1] = 0
+                assert _hash(tensor) != _hash(torch.ones(size, dtype=dtype))
+
+
 def test_a_draw_that_every_rank_uses_whole_is_refused(pool):
     """It would move the sum by as many sensitivities as there are ranks."""
     (share,) = split(drawn(1, 2, 3))  # as if each rank were alone

@@ -113,7 +113,7 @@ def _fingerprint(leaf: Tensor) -> list[int]:
     rest = flat.numel() * flat.element_size() % _WORD // flat.element_size()
     words = flat[: flat.numel() - rest].view(torch.int64)
     block = min(len(words), _CACHED if flat.device.type == "cpu" else _MANY)
-    places = torch.arange(1, 2 * block, 2, device=flat.device) * _ODD
+    places = (2 * torch.arange(block, device=flat.device) + 1) * _ODD
     mixed = torch.empty_like(places)
     found = torch.zeros((), dtype=torch.int64, device=flat.device)
     for some in words.split(block) if block else ():
