@@ -24,7 +24,6 @@ from pegrad.papers.models.layers import conv, linear, max_pool
 
 BATCH_SIZE = 128
 MICROBATCH_SIZE = 16
-NOISE_MULTIPLIER = 1.1
 DELTA = 1e-4
 
 convolutions = sequential(
@@ -50,7 +49,7 @@ def shared_key() -> Tensor:
     return key
 
 
-def train(steps: int) -> None:
+def train(steps: int, noise_multiplier: float) -> None:
     """Train for some steps; the process with the last stage tells the loss."""
     data = load_digits()
     images, labels = data.train_images, data.train_labels
@@ -75,12 +74,12 @@ def train(steps: int) -> None:
     for step in range(steps):
         draw = sampler(draws, step)
         out = clipped(params, pegrad.sampling.gather((images, labels), draw), draw.mask)
-        grads = pegrad.add_noise(noise, out.grads, NOISE_MULTIPLIER * clipped.sensitivity, step=step)
+        grads = pegrad.add_noise(noise, out.grads, noise_multiplier * clipped.sensitivity, step=step)
         updates, state = optimizer.update(grads, state, params)
         params = pegrad.trees.map(torch.add, params, updates)
         if mine == 1:
             print(f"step {step}: loss {out.losses.sum() / draw.mask.sum():.3f}", flush=True)
-    event = pegrad.accounting.dp_event(noise_multiplier=NOISE_MULTIPLIER, sampler=sampler, steps=steps)
+    event = pegrad.accounting.dp_event(noise_multiplier=noise_multiplier, sampler=sampler, steps=steps)
     if mine == 1:
         print(f"ε = {pegrad.accounting.epsilon(event, DELTA):.2f} at δ = {DELTA:g}")
 
@@ -88,7 +87,8 @@ def train(steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--noise-multiplier", type=float, default=1.1)
     options = parser.parse_args()
     dist.init_process_group("gloo")
-    train(options.steps)
+    train(options.steps, options.noise_multiplier)
     dist.destroy_process_group()

@@ -715,7 +715,7 @@ def dying(rank, meeting, answers):
 def test_torchrun_trains(tmp_path):
     """Two processes share every batch, one of them tells of it, and the run goes on with as many, not with others."""
     folder = tmp_path / "run"
-    what = ["--batch-size", "32", "--epochs", "0.06", "--noise-multiplier", "1", "--seed", "1", "--out", str(folder)]
+    what = ["--batch-size", "32", "--epochs", "0.06", "--noise-multiplier", "20", "--seed", "1", "--out", str(folder)]
     command = ["-m", "pegrad", "train", *what]
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(Path(pegrad.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
