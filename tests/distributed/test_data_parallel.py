@@ -1,6 +1,7 @@
 """The private step on 1, 2 and 4 processes: one mechanism, whatever the ranks are."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -662,6 +663,29 @@ def job_stage_noise(group):
     state = step.init([WIDE], random.key(5))
     batch = torch.zeros(4, 3), torch.zeros(4)
     return step.release([WIDE], state, [(batch, None)]).grads[0]["w"]
+
+
+@pytest.mark.parametrize("wrong", ["key", "number of the step", "noise multiplier", "sampler"])
+def test_the_ranks_of_a_pipeline_take_one_step(pool, wrong):
+    """Noise of another law on one stage, or of another run, would be found by nobody: every rank raises."""
+    for answer in pool.run(job_wrong_stage, 2, wrong):
+        assert isinstance(answer, AgreementError)
+        assert f"do not have the same {wrong}" in str(answer)
+
+
+def job_wrong_stage(group, wrong):
+    params, data = problem()
+    step = staged_step(1.0, 0.5)
+    state = step.init([params], random.key(1))
+    if dist.get_rank(group) == 1:
+        step, state = {
+            "key": (step, state._replace(key=random.key(2))),
+            "number of the step": (step, state._replace(step=1)),
+            "noise multiplier": (staged_step(1.0, 0.4), state),
+            "sampler": (dataclasses.replace(step, sampler=None), state),
+        }[wrong]
+    own = [[{"a": params["a"]}], [{"b": params["b"]}]][dist.get_rank(group)]
+    return pipelined(step, STAGES, group, microbatch_size=2).release(own, state, [((data[0][:8], data[1][:8]), None)])
 
 
 def test_no_pipeline_adapts_its_clip_norm():

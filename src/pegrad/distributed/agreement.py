@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ class Agreement:
         self._group = group
         self._sought = False
 
-    def reach(self, common: Mapping[str, Any], shares: list[Share]) -> None:
+    def reach(self, common: Mapping[str, Any], shares: Sequence[Share] = ()) -> None:
         """Check that all ranks take the same step, and that their shares are the draw: each part once.
 
         Guarantee: where it returns on one rank it returns on all, and then `common` is the same everywhere, but for
@@ -40,15 +40,15 @@ class Agreement:
 
         Args:
             common: by name, what must be the same: numbers, names, keys, pytrees of tensors.
-            shares: this rank's, one at the least.
+            shares: this rank's; none where the ranks share no draw.
 
         Raises:
             AgreementError: on every rank.
         """
         draws, numbers = {share.draw for share in shares}, [share.number for share in shares]
-        total, first = shares[0].total, min(numbers)
-        in_a_row = len(draws) == 1 and sorted(numbers) == list(range(first, first + len(numbers)))
-        entries = {**common, "draw": (draws.pop(), total)}
+        total, first = max((share.total for share in shares), default=0), min(numbers, default=0)
+        in_a_row = len(draws) <= 1 and sorted(numbers) == list(range(first, first + len(numbers)))
+        entries = {**common, "draw": (sorted(draws), total)}
         heard = self._exchange([1, in_a_row, first, len(numbers), *map(_hash, entries.values())])
         failed = [str(rank) for rank, (fine, *_) in enumerate(heard) if not fine]
         if failed:

@@ -43,6 +43,10 @@ class Group:
         scatter(part, rows, group=self.process_group)
         return part
 
+    def home(self, rank: int) -> int:
+        """Return a rank's number among all processes."""
+        return rank if self.process_group is None else dist.get_global_rank(self.process_group, rank)
+
     def all(self, tensor: Tensor) -> list[Tensor]:
         """Return every rank's tensor; all have one shape."""
         if self.size == 1:

@@ -51,12 +51,19 @@ def gather(tree: PyTree) -> PyTree:
 
 
 class Rows(NamedTuple):
-    """The rows of a tensor that one rank has."""
+    """The rows of a tensor that one rank has, of `DTensor`'s `Shard(0)`: equally many on each, but for the last."""
 
     shape: torch.Size
     """Of the whole."""
     start: int
     stop: int
+
+    @classmethod
+    def of(cls, shape: torch.Size, group: Group) -> "Rows":
+        """Return those of this rank."""
+        each = -(-shape[0] // group.size)
+        start = min(group.rank * each, shape[0])
+        return cls(shape, start, min(start + each, shape[0]))
 
     @property
     def flat(self) -> random.Part:
@@ -66,10 +73,19 @@ class Rows(NamedTuple):
 
     def scatter_sum(self, group: Group, whole: Tensor) -> Tensor:
         """Add up a tensor over the ranks, and return these rows of it."""
-        rows = -(-self.shape[0] // group.size)
-        padded = whole.new_zeros(rows * group.size, *self.shape[1:])
-        padded[: self.shape[0]] = whole
-        return group.scatter_sum(padded)[: self.stop - self.start]
+        each = -(-self.shape[0] // group.size)
+        return group.scatter_sum(_padded(whole, each * group.size))[: self.stop - self.start]
+
+    def gather(self, group: Group, part: Tensor) -> Tensor:
+        """Put these rows together with the other ranks'."""
+        each = -(-self.shape[0] // group.size)
+        return torch.cat(group.all(_padded(part, each)))[: self.shape[0]]
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    padded = rows.new_zeros(count, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
 
 
 def rows_of(leaf: Tensor, group: Group) -> Rows | None:
@@ -85,9 +101,7 @@ def rows_of(leaf: Tensor, group: Group) -> Rows | None:
             f"A leaf of params is a DTensor with placements {leaf.placements} on {leaf.device_mesh.size()} ranks: "
             f"expected (Shard(dim=0),) on the {group.size} ranks of the step, as pegrad.distributed.shard makes it"
         )
-    rows = -(-leaf.shape[0] // group.size)
-    start = min(group.rank * rows, leaf.shape[0])
-    return Rows(leaf.shape, start, min(start + rows, leaf.shape[0]))
+    return Rows.of(leaf.shape, group)
 
 
 def local(tree: PyTree) -> PyTree:

@@ -24,12 +24,8 @@ Summation = Callable[[ClippedGrad, int, Send], ClippedSum]
 
 
 @dataclass(frozen=True)
-class FastSum:
-    """Add up the ranks' sums in their own floating-point dtype.
-
-    Bits depend on how rows are cut and on the ranks; the sum is that of one process up to rounding, whose bound is in
-    `docs/rounding.md`. Every rank gets the same bits.
-    """
+class _Summed:
+    """A clipped gradient whose sum is taken over all ranks."""
 
     clipped: ClippedGrad
     rows: int
@@ -44,6 +40,15 @@ class FastSum:
     def normalize_by(self) -> float:
         """See `ClippedGrad.normalize_by`."""
         return self.clipped.normalize_by
+
+
+@dataclass(frozen=True)
+class FastSum(_Summed):
+    """Add up the ranks' sums in their own floating-point dtype.
+
+    Bits depend on how rows are cut and on the ranks; the sum is that of one process up to rounding, whose bound is in
+    `docs/rounding.md`. Every rank gets the same bits.
+    """
 
     def init(self, params: PyTree) -> Sums:
         """See `ClippedGrad.init`."""
@@ -69,7 +74,7 @@ class Fixed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExactSum:
+class ExactSum(_Summed):
     """Add up micro-batches in fixed point: the same bits whatever the ranks are, and in whatever order they are added.
 
     Each micro-batch's sum is rounded to multiples of a quantum, 2^-40 of the sensitivity or a little more, which is a
@@ -86,23 +91,9 @@ class ExactSum:
     Bound to `test_the_exact_sum_has_the_same_bits_on_any_number_of_ranks`.
     """
 
-    clipped: ClippedGrad
-    rows: int
-    send: Send
-
     def __post_init__(self) -> None:
         if self.rows > MOST_ROWS:
             raise ArgumentError(f"Expected at most {MOST_ROWS} rows in an exact sum, padding counted, got {self.rows}")
-
-    @property
-    def sensitivity(self) -> float:
-        """See `ClippedGrad.sensitivity`."""
-        return self.clipped.sensitivity
-
-    @property
-    def normalize_by(self) -> float:
-        """See `ClippedGrad.normalize_by`."""
-        return self.clipped.normalize_by
 
     @property
     def quantum(self) -> float:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pegrad.distributed.groups import Group, Mesh, group_of
+from pegrad.distributed.sharding import Rows
 from pegrad.errors import ArgumentError, LossError
 from pegrad.tracing.batched import is_batched, is_tracked, transformed
 from pegrad.tracing.lineage import isometry
@@ -34,47 +35,39 @@ def whole(part: Tensor, rows: int, mesh: Mesh = None) -> Tensor:
         `test_parameters_that_are_never_gathered_get_the_same_sums`.
     """
     group = group_of(mesh)
-    each = -(-rows // group.size)
-    here = max(0, min(each, rows - group.rank * each))
-    if part.dim() == 0 or part.shape[0] != here:
+    here = Rows.of(torch.Size([rows, *part.shape[1:]]), group)
+    if part.dim() == 0 or part.shape[0] != here.stop - here.start:
         raise ArgumentError(
-            f"Expected part to have the {here} of {rows} rows that rank {group.rank} of {group.size} has, got shape "
-            f"{tuple(part.shape)}"
+            f"Expected part to have the {here.stop - here.start} of {rows} rows that rank {group.rank} of {group.size} "
+            f"has, got shape {tuple(part.shape)}"
         )
     if is_tracked(part) or is_batched(part) or (part.requires_grad and not transformed()):
         raise LossError(
             "whole(...) needs a strategy that traces the loss, for no other sees an example's whole gradient: use "
             "strategy='auto', 'book_keeping' or 'ghost'"
         )
-    found: Tensor = _Whole.apply(part, rows, group)
+    found: Tensor = _Whole.apply(part, here, group)
     return found
 
 
 @isometry
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(part: Tensor, rows: int, group: Group) -> Tensor:
+    def forward(part: Tensor, here: Rows, group: Group) -> Tensor:
         """Gather the parts."""
-        each = -(-rows // group.size)
-        padded = part.new_zeros(each, *part.shape[1:])
-        padded[: len(part)] = part
-        return torch.cat(group.all(padded))[:rows]
+        return here.gather(group, part)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep what the way back needs."""
-        part, ctx.rows, ctx.group = inputs
-        ctx.here = len(part)
+        _, ctx.here, ctx.group = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Add up the ranks' sums, and take this rank's rows."""
-        each = -(-ctx.rows // ctx.group.size)
-        padded = grad.new_zeros(each * ctx.group.size, *grad.shape[1:])
-        padded[: ctx.rows] = grad
-        return ctx.group.scatter_sum(padded)[: ctx.here], None, None
+        return ctx.here.scatter_sum(ctx.group, grad), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, part: Tensor, rows: int, group: Group) -> tuple[Tensor, None]:
+    def vmap(info: Any, in_dims: Any, part: Tensor, here: Rows, group: Group) -> tuple[Tensor, None]:
         """Run outside: a parameter is the same for all examples."""
-        return _Whole.apply(part, rows, group), None
+        return _Whole.apply(part, here, group), None

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pegrad import trees
 from pegrad._validate import check_integer, check_scale
 from pegrad.accumulation import Added, Sums, extended, nothing, total
 from pegrad.clipping import Clipping, as_clipping
+from pegrad.distributed.groups import Group, Mesh, group_of
 from pegrad.distributed.pipelining.layout import (
     ONE_STAGE_A_RANK,
     SCHEDULES,
@@ -71,7 +71,7 @@ def compose(stages: Sequence[Stage]) -> Loss:
 
 def pipeline(
     stages: Sequence[Stage],
-    mesh: Any = None,
+    mesh: Mesh = None,
     *,
     clip_norm: float | Clipping,
     microbatch_size: int,
@@ -271,7 +271,6 @@ class Pipelined:
         answers = told(
             (static, type(self.clipping).__name__, self.clipping.sensitivity, same),
             settings.group,
-            _device(params),
             fine=given is not None,
             ready=given is not None and given.key in self._layouts,
         )
@@ -353,16 +352,11 @@ def _checked_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return stages
 
 
-def _group(mesh: Any) -> Any:
-    if not dist.is_available() or not dist.is_initialized():
+def _group(mesh: Mesh) -> Group:
+    group = group_of(mesh)
+    if group.process_group is None:
         raise ArgumentError(
             "Expected torch.distributed to be initialised: call torch.distributed.init_process_group first, or use "
             "clipped_grad(compose(stages), ...) on one process"
         )
-    if mesh is None:
-        return dist.group.WORLD
-    if not hasattr(mesh, "get_group"):
-        return mesh
-    if mesh.ndim != 1:
-        raise ArgumentError(f"Expected mesh to have one dimension, got {mesh.ndim}: pass mesh['pipe'], say")
-    return mesh.get_group()
+    return group

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.clipping import Clipping, Grouping, grouping_of
+from pegrad.distributed.groups import Group
 from pegrad.distributed.pipelining.stage import StageModule, check_output, trace_stage
 from pegrad.errors import ArgumentError, LossError
 from pegrad.problem import Problem
@@ -32,7 +33,7 @@ class Settings:
     """A pipeline as it was asked for."""
 
     stages: tuple[Stage, ...]
-    group: Any
+    group: Group
     clipping: Clipping
     microbatch_size: int
     schedule: str
@@ -41,16 +42,16 @@ class Settings:
     @property
     def ranks(self) -> int:
         """How many ranks there are."""
-        return dist.get_world_size(self.group)
+        return self.group.size
 
     @property
     def local(self) -> tuple[int, ...]:
         """The stages of this rank."""
-        return tuple(range(dist.get_rank(self.group), len(self.stages), self.ranks))
+        return tuple(range(self.group.rank, len(self.stages), self.ranks))
 
     def home(self, stage: int) -> int:
         """Return the rank, among all processes, on which a stage lives."""
-        return dist.get_global_rank(self.group, stage % self.ranks)
+        return self.group.home(stage % self.ranks)
 
 
 class Given(NamedTuple):
@@ -104,7 +105,7 @@ def arrange(settings: Settings, given: Given) -> Layout:
     metas = _metas(settings, given)
     grouping = grouping_of(settings.clipping, [meta.params for meta in metas])
     bounds = [(w.bound, w.floor, type(w).__name__) for w in grouping.weightings]
-    if len({answer.digest for answer in told((grouping.of, bounds), settings.group, given.device)}) > 1:
+    if len({answer.digest for answer in told((grouping.of, bounds), settings.group)}) > 1:
         raise ArgumentError("Expected clip_norm to be the same on every rank, got clippings of different groups")
     owners = [stage for stage, meta in enumerate(metas) for _ in trees.leaves(meta.params)]
     homes: list[set[int]] = [set() for _ in grouping.weightings]
@@ -133,22 +134,19 @@ class Answer(NamedTuple):
     digest: tuple[int, ...]
 
 
-def told(value: Any, group: Any, device: torch.device, *, fine: bool = True, ready: bool = True) -> list[Answer]:
+def told(value: Any, group: Group, *, fine: bool = True, ready: bool = True) -> list[Answer]:
     """Tell every rank a digest of a value, and hear theirs: one small collective.
 
     Args:
         value: anything whose `repr` is the same where it is the same.
         group: the ranks.
-        device: where the group's collectives work.
         fine: whether this rank can go on.
         ready: whether it has its layout.
     """
     digest = hashlib.sha256(repr(value).encode()).digest()
     words = [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 16, 4)]
-    sent = torch.tensor([fine, ready, *words], dtype=torch.int64, device=device)
-    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(received, sent, group=group)
-    return [Answer(bool(r[0]), bool(r[1]), tuple(r[2:].tolist())) for r in received]
+    sent = torch.tensor([fine, ready, *words], dtype=torch.int64, device=group.device)
+    return [Answer(bool(r[0]), bool(r[1]), tuple(r[2:].tolist())) for r in group.all(sent)]
 
 
 def _restricted(grouping: Grouping, keep: list[bool]) -> tuple[Grouping, list[int]]:
@@ -174,7 +172,9 @@ def _metas(settings: Settings, given: Given) -> list[_Meta]:
             except Exception as error:
                 failure = error
             before.restore()
-        dist.broadcast_object_list(found, src=settings.home(stage), group=settings.group, device=given.device)
+        dist.broadcast_object_list(
+            found, src=settings.home(stage), group=settings.group.process_group, device=given.device
+        )
         if failure is not None:
             raise failure
         if found[0] is None:
@@ -219,7 +219,7 @@ def _step(settings: Settings, given: Given, metas: list[_Meta], modules: list[St
             given.device,
             input_args=output(stage - 1) if stage else torch.zeros(1, dtype=torch.int64),
             output_args=output(stage),
-            group=settings.group,
+            group=settings.group.process_group,
         )
         for stage, module in zip(settings.local, modules, strict=True)
     ]

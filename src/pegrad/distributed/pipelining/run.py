@@ -97,7 +97,7 @@ class Run:
             if last in self._settings.local:
                 found = self._works[-1].losses
                 losses = torch.cat([found[number] for number in range(given.microbatches)])
-            dist.broadcast(losses, src=self._settings.home(last), group=self._settings.group)
+            dist.broadcast(losses, src=self._settings.home(last), group=self._settings.group.process_group)
         return self._examples(losses)
 
     def norms(self) -> Tensor:
@@ -141,7 +141,7 @@ class Run:
                 if group in shared:
                     sent[position, :, shared.index(group)] = squares[:, place]
         received = [torch.empty_like(sent) for _ in range(self._settings.ranks)]
-        exchange = dist.all_gather(received, sent, group=self._settings.group, async_op=True)
+        exchange = dist.all_gather(received, sent, group=self._settings.group.process_group, async_op=True)
         self._waiting.append((number, received, exchange))
 
     def _settle(self) -> None:

@@ -1,17 +1,18 @@
 """The private step whose stages live on the ranks of a pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor
-
 from pegrad import random
-from pegrad.distributed.groups import Mesh, group_of
-from pegrad.distributed.pipelining.clipped import Pipelined, pipeline
+from pegrad.distributed.agreement import Agreement
+from pegrad.distributed.groups import Group, Mesh
+from pegrad.distributed.pipelining.clipped import pipeline
 from pegrad.distributed.pipelining.layout import Stage
-from pegrad.dp_sgd import DPSGD, State
+from pegrad.dp_sgd import DPSGD, Release, State
 from pegrad.errors import ArgumentError
+from pegrad.keys import key_bytes
+from pegrad.ranks import Ranks
 from pegrad.trees import PyTree
 
 
@@ -52,7 +53,7 @@ def pipelined(
         normalize_by=clipped.normalize_by,
     )
     given: dict[str, Any] = {field.name: getattr(step, field.name) for field in fields(step)}
-    return PipelinedStep(**given | {"clipped_grad": staged}, place=group_of(mesh).rank)
+    return PipelinedStep(**given | {"clipped_grad": staged})
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,36 @@ class PipelinedStep(DPSGD):
     """A step of differentially private SGD on a pipeline. Made by `pipelined`.
 
     Guarantee: that of `DPSGD`, for the parameters of all stages together: each stage gets noise of the stated law,
-    independent of every other's, since each rank's key is derived from the run's key and its place in the pipeline.
-    Bound to `test_a_pipeline_by_data_parallel_takes_the_step_of_one_process` and
-    `test_stages_get_noise_of_their_own`.
+    independent of every other's, since each rank's key is derived from the run's key and its place in the pipeline;
+    and all ranks take one step. Bound to `test_a_pipeline_by_data_parallel_takes_the_step_of_one_process`,
+    `test_stages_get_noise_of_their_own` and `test_the_ranks_of_a_pipeline_take_one_step`.
     """
 
-    place: int = 0
-    """The rank's place in the pipeline."""
+    @property
+    def group(self) -> Group:
+        """The ranks of the pipeline."""
+        staged: Any = self.clipped_grad
+        return staged.settings.group
 
-    def init(self, params: PyTree, key: Tensor) -> State:
-        """Return the state before the first step.
-
-        Args:
-            params: a list with the parameters of each of this rank's stages.
-            key: the run's key, the same on every rank.
+    def release_among(
+        self, ranks: Ranks, params: PyTree, state: State, microbatches: Iterable[tuple[int, Any]]
+    ) -> Release:
+        """See `DPSGD.release_among`: the pipeline's ranks agree on the step, and each derives a key of its own.
 
         Raises:
-            ArgumentError, LeafError: as `DPSGD.init`.
+            AgreementError: on every rank, if they do not have the same key, step, σ, batch size or sampler.
+            ArgumentError, LeafError, LossError: as `DPSGD`.
         """
-        return super().init(params, random.fold_in(key, self.place))
-
-    def clipped_at(self, state: State) -> Pipelined:  # type: ignore[override]
-        """See `DPSGD.clipped_at`."""
-        clipped: Any = self.clipped_grad
-        return clipped
+        Agreement(self.group).reach(
+            {
+                "key": key_bytes(state.key),
+                "number of the step": state.step,
+                "clip norm": self.clipped_grad.clipping,
+                "noise multiplier": self.gradient_noise_multiplier,
+                "expected batch size": self.clipped_grad.normalize_by,
+                "sampler": self.sampler,
+            }
+        )
+        own = state._replace(key=random.fold_in(state.key, self.group.rank))
+        released = super().release_among(ranks, params, own, microbatches)
+        return released._replace(state=released.state._replace(key=state.key))
