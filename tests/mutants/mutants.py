@@ -2012,6 +2012,13 @@ MUTANTS = [
         "all stages get the same noise",
     ),
     Mutant(
+        "distributed/pipelining/step.py",
+        '                "noise multiplier": self.gradient_noise_multiplier,\n',
+        "",
+        "distributed/test_data_parallel.py -k test_the_ranks_of_a_pipeline",
+        "a stage gets less noise than is accounted for",
+    ),
+    Mutant(
         "distributed/whole.py",
         "return ctx.here.scatter_sum(ctx.group, grad), None, None",
         "return grad[ctx.here.start : ctx.here.stop], None, None",
