@@ -1,6 +1,6 @@
 """A call as a graph: every operation that it runs, plain ones of PyTorch's, from tensors to tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pegrad import trees
 from pegrad.assumptions import assuming
+from pegrad.compiling.pieces import Pieces
 from pegrad.errors import CompileError, PegradError
 
 
@@ -24,44 +24,20 @@ class Recording:
     """
 
     graph: GraphModule
-    value: "Leaves"
+    value: Pieces
+
+    @property
+    def operations(self) -> int:
+        """How many there are in the graph."""
+        return sum(node.op == "call_function" for node in self.graph.graph.nodes)
 
 
-@dataclass(frozen=True, eq=False)
-class Leaves:
-    """A pytree without its tensors."""
-
-    spec: Any
-    others: list[Any]
-    """For each leaf that is no tensor, what it is."""
-
-    @classmethod
-    def of(cls, tree: Any) -> "tuple[Leaves, list[Tensor]]":
-        """Take a pytree apart into what is no tensor, and the tensors."""
-        leaves, spec = trees.flatten(tree)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return cls(spec, [_HERE if isinstance(leaf, Tensor) else leaf for leaf in leaves]), tensors
-
-    def filled(self, tensors: Sequence[Tensor]) -> Any:
-        """Put tensors back into their places."""
-        given = iter(tensors)
-        return trees.unflatten(self.spec, [next(given) if leaf is _HERE else leaf for leaf in self.others])
-
-
-class _Here:
-    def __repr__(self) -> str:
-        return "a tensor"
-
-
-_HERE = _Here()
-
-
-def record(function: Callable[..., Any], args: Sequence[Any]) -> Recording:
+def record(function: Callable[[Any], Any], inputs: Any) -> Recording:
     """Call a function, and note every operation.
 
     Args:
-        function: a pure function of pytrees.
-        args: its arguments. What is no tensor among their leaves is taken as it is.
+        function: a pure function from a pytree to a pytree.
+        inputs: its argument. What is no tensor among the leaves is taken as it is.
 
     Raises:
         CompileError: what the function does depends on its arguments' numbers in a way that no graph can follow.
@@ -69,12 +45,12 @@ def record(function: Callable[..., Any], args: Sequence[Any]) -> Recording:
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    structure, tensors = Leaves.of(tuple(args))
-    value: list[Leaves] = []
+    structure, tensors = Pieces.of(inputs)
+    value: list[Pieces] = []
 
     def flat(*given: Tensor) -> list[Tensor]:
         with assuming() as assumptions:
-            rest, outputs = Leaves.of(function(*structure.filled(given)))
+            rest, outputs = Pieces.of(function(structure.filled(given)))
             value.append(rest)
             return [*outputs, assumptions.held(given[0])]
 
