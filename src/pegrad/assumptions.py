@@ -1,47 +1,47 @@
 """Decisions that Python takes by the numbers in tensors: taken as they come, or noted as assumptions of a graph.
 
-Eagerly, a decision is what the numbers say. While `pegrad.compile` records a call, there are numbers too, those of the
+Eagerly, a decision is what the numbers say. While `pegrad.compile` records a call there are numbers too, those of the
 example arguments; the graph that comes of it is right for other numbers as long as they decide the same. So each
-decision is noted, as a boolean that the graph computes: `Assumptions.held`. Where one does not hold, what the graph
-gave is thrown away and the call is made again, eagerly.
+decision is noted, as a boolean that the graph computes. Where one of them does not hold, what the graph gave is thrown
+away and the call is made again, eagerly.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 
 class Assumptions:
-    """What a recorded call took for granted."""
+    """What a call that is being recorded takes for granted.
+
+    Attributes:
+        paused: whether operations are not recorded just now.
+    """
 
     def __init__(self) -> None:
+        self.paused = False
         self._conditions: list[Tensor] = []
 
     def suppose(self, condition: Tensor) -> None:
-        """Note a condition, a boolean scalar that holds for the example arguments."""
+        """Note a condition, a boolean scalar, that holds for the example arguments."""
         self._conditions.append(condition)
 
-    def held(self, like: Tensor) -> Tensor:
-        """Return whether all conditions hold: a boolean scalar.
-
-        Args:
-            like: where the scalar lies.
-        """
+    def held(self, device: torch.device) -> Tensor:
+        """Return whether all conditions hold: a boolean scalar."""
         if not self._conditions:
-            return torch.ones((), dtype=torch.bool, device=like.device)
-        return torch.stack([condition.to(like.device) for condition in self._conditions]).all()
+            return torch.ones((), dtype=torch.bool, device=device)
+        return torch.stack([condition.to(device) for condition in self._conditions]).all()
 
 
-_RECORDINGS: WeakKeyDictionary[Any, Assumptions] = WeakKeyDictionary()  # by the mode that records
+_RECORDED: ContextVar[Assumptions | None] = ContextVar("recorded", default=None)
 
 
 def decided(condition: Tensor) -> bool:
     """Return what a boolean scalar is; while a call is recorded, note that it was assumed to be that."""
-    assumptions = current()
+    assumptions = _RECORDED.get()
     if assumptions is None:
         return bool(condition)
     with unrecorded():
@@ -52,31 +52,28 @@ def decided(condition: Tensor) -> bool:
 
 def current() -> Assumptions | None:
     """Return the assumptions of the call that is being recorded; None: none is."""
-    if not _RECORDINGS:
-        return None
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    mode = get_proxy_mode()
-    return None if mode is None else _RECORDINGS.get(mode)
+    return _RECORDED.get()
 
 
 @contextmanager
-def assuming() -> Iterator[Assumptions]:
-    """Inside the block, which is itself recorded, decisions are noted."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    mode = get_proxy_mode()
-    _RECORDINGS[mode] = assumptions = Assumptions()
+def assuming(assumptions: Assumptions) -> Iterator[None]:
+    """Inside the block, which is recorded, decisions are noted."""
+    token = _RECORDED.set(assumptions)
     try:
-        yield assumptions
+        yield
     finally:
-        del _RECORDINGS[mode]
+        _RECORDED.reset(token)
 
 
-def unrecorded() -> Any:
+@contextmanager
+def unrecorded() -> Iterator[None]:
     """Inside the block, operations are no part of the graph, and tensors may be asked for their numbers."""
-    if current() is None:
-        return nullcontext()
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-    return disable_proxy_modes_tracing()
+    assumptions = _RECORDED.get()
+    if assumptions is None or assumptions.paused:
+        yield
+        return
+    assumptions.paused = True
+    try:
+        yield
+    finally:
+        assumptions.paused = False

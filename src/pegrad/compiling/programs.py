@@ -15,14 +15,11 @@ class Call(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What a graph must give, but for rounding."""
+    """Inputs of the graph, and what it must give, but for rounding."""
 
     inputs: Any
-    """Of the graph."""
     run: Callable[[], Any]
-    """Makes the call without a graph."""
-    start: Any = None
-    """Of the structure of what is compared: where each tensor started from, or None where it started from nothing. None: none did."""
+    """Gives the result without the graph."""
 
 
 class Program(Protocol):
@@ -45,6 +42,9 @@ class Program(Protocol):
 
     def compared(self, result: Any) -> Any:
         """Return what of a result is compared."""
+
+    def start(self, inputs: Any) -> Any:
+        """Return where that started from: see `pegrad.compiling.comparing`."""
 
     def trials(self, call: Call) -> Iterator[Trial]:
         """Yield what the graph is to be compared with, once it is made."""
@@ -79,6 +79,9 @@ class Function:
     def compared(self, result: Any) -> Any:
         """See `Program.compared`."""
         return result
+
+    def start(self, inputs: Any) -> None:
+        """See `Program.start`."""
 
     def trials(self, call: Call) -> Iterator[Trial]:
         """See `Program.trials`."""

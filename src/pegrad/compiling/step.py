@@ -111,15 +111,17 @@ class StepProgram:
         metrics = result.metrics
         return result.params, result.state.optimizer, metrics.losses, metrics.norms, metrics.aux, metrics.non_finite
 
+    def start(self, inputs: _Inputs) -> tuple[Any, ...]:
+        """See `Program.start`: new parameters differ from the old ones by little."""
+        return inputs.params, None, None, None, None, None
+
     def trials(self, call: Call) -> Iterator[Trial]:
         """See `Program.trials`: once without noise, behind which much could hide, and once with it."""
-        params, *_ = _arguments(*call.args, **call.kwargs)
         silent = replace(self.step, noise_multiplier=0.0, gradient_noise_multiplier=0.0)
         inputs = self.inputs(call)
-        start = params, None, None, None, None, None
         none = inputs._replace(sensitivity=torch.zeros_like(inputs.sensitivity))
-        yield Trial(none, lambda: silent(*call.args, **call.kwargs), start)
-        yield Trial(inputs, lambda: self.eagerly(call), start)
+        yield Trial(none, lambda: silent(*call.args, **call.kwargs))
+        yield Trial(inputs, lambda: self.eagerly(call))
 
 
 @dataclass(frozen=True)
