@@ -7,11 +7,13 @@ from pegrad.adaptive import Adaptive
 from pegrad.check import check
 from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.checkpointing import checkpoint
+from pegrad.compiling import Compiled, Report, compile
 from pegrad.dp_sgd import DPSGD, Metrics, Release, State, Step, add_noise, dp_sgd
 from pegrad.errors import (
     ArgumentError,
     BatchOverflowError,
     CheckError,
+    CompileError,
     DataFileError,
     FallbackWarning,
     LeafError,
@@ -63,6 +65,8 @@ __all__ = [
     "CheckReport",
     "Clipped",
     "ClippedGrad",
+    "CompileError",
+    "Compiled",
     "DataFileError",
     "Entry",
     "Explanation",
@@ -82,6 +86,7 @@ __all__ = [
     "PegradError",
     "PerExample",
     "Release",
+    "Report",
     "Site",
     "Stacking",
     "State",
@@ -98,6 +103,7 @@ __all__ = [
     "checkpoint",
     "clipped_grad",
     "clipping",
+    "compile",
     "dp_sgd",
     "explain",
     "from_module",

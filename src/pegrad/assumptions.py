@@ -1,8 +1,8 @@
 """Decisions that Python takes by the numbers in tensors: taken as they come, or noted as assumptions of a graph.
 
 Eagerly, a decision is what the numbers say. While `pegrad.compile` records a call there are numbers too, those of the
-example arguments; the graph that comes of it is right for other numbers as long as they decide the same. So each
-decision is noted, as a boolean that the graph computes. Where one of them does not hold, what the graph gave is thrown
+example arguments; the graph that comes of it is right for other numbers as long as they decide the same. So what was
+decided is noted, as a boolean that the graph computes. Where one of them does not hold, what the graph gave is thrown
 away and the call is made again, eagerly.
 """
 
@@ -26,7 +26,7 @@ class Assumptions:
         self._conditions: list[Tensor] = []
 
     def suppose(self, condition: Tensor) -> None:
-        """Note a condition, a boolean scalar, that holds for the example arguments."""
+        """Note a condition, a boolean scalar."""
         self._conditions.append(condition)
 
     def held(self, device: torch.device) -> Tensor:
@@ -40,7 +40,7 @@ _RECORDED: ContextVar[Assumptions | None] = ContextVar("recorded", default=None)
 
 
 def decided(condition: Tensor) -> bool:
-    """Return what a boolean scalar is; while a call is recorded, note that it was assumed to be that."""
+    """Return what a boolean scalar is; while a call is recorded, take for granted that it is what it is then."""
     assumptions = _RECORDED.get()
     if assumptions is None:
         return bool(condition)
@@ -48,6 +48,15 @@ def decided(condition: Tensor) -> bool:
         value = bool(condition)
     assumptions.suppose(condition if value else ~condition)
     return value
+
+
+def some(rows: Tensor) -> bool:
+    """Tell whether any row is marked as one to be dealt with apart; while a call is recorded, suppose that none is."""
+    assumptions = _RECORDED.get()
+    if assumptions is None:
+        return bool(rows.any())
+    assumptions.suppose(~rows.any())
+    return False
 
 
 def current() -> Assumptions | None:

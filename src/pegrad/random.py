@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.errors import ArgumentError, LeafError
-from pegrad.keys import as_key, Key, check_key, derive, fold_in, key, key_bytes, natural, split
+from pegrad.keys import Key, as_key, check_key, derive, fold_in, key, key_bytes, natural, split
 
 __all__ = [
     "Key",
@@ -346,22 +346,27 @@ def _precision(dtype: torch.dtype) -> _Precision:
 
 
 def leaf_keys(key: Tensor, leaves: int) -> Tensor:
-    return torch.stack([as_key(derive(key_bytes(fold_in(key, i)), b"pegrad normal", 0)) for i in range(leaves)]).as_subclass(Tensor)
+    return torch.stack(
+        [as_key(derive(key_bytes(fold_in(key, i)), b"pegrad normal", 0)) for i in range(leaves)]
+    ).as_subclass(Tensor)
+
 
 @torch.library.custom_op("pegrad::aes_normal", mutates_args=())
 def aes_normal(row: Tensor, like: Tensor) -> Tensor:
     derived = bytes(row.tolist())
     stream = Cipher(algorithms.AES(derived), modes.CTR((0).to_bytes(16, "big"))).encryptor()
     precision = _precision(like.dtype)
-    numel=like.numel()
+    numel = like.numel()
     out = torch.empty(numel, dtype=precision.compute)
     for begin in range(0, numel, _BLOCK):
-        _box_muller(stream, precision, out[begin:begin+_BLOCK])
+        _box_muller(stream, precision, out[begin : begin + _BLOCK])
     return out.to(like.dtype).view(like.shape)
+
 
 @aes_normal.register_fake
 def _(row, like):
     return torch.empty_like(like, memory_format=torch.contiguous_format)
+
 
 def normal_from(row: Tensor, like: Tensor) -> Tensor:
     return aes_normal(row, like)

@@ -1,8 +1,9 @@
 """How a graph becomes a function, by the compilers that PyTorch knows."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class Backend(NamedTuple):
         except Exception as error:
             raise ArgumentError(f"Expected backend to be known to torch.compile, got {self.name!r}") from error
         try:
-            with _settings(self), torch.no_grad():
+            with _settings(self), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's, of its own doings
                 return compile_graph(graph, list(tensors))
         except Exception as error:
             raise CompileError(f"Backend {self} cannot compile the graph: {type(error).__name__} (above)") from error
@@ -65,11 +67,3 @@ def _settings(backend: Backend) -> Iterator[None]:
 
     with config.patch({"fallback_random": True, **dict.fromkeys(backend.without, False)}):
         yield
-
-
-def arguments_of(tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """Say what a graph was compiled for: shapes, dtypes, devices, and the surroundings that operations depend on."""
-    looks = tuple((t.shape, t.dtype, t.device) for t in tensors)
-    kind = tensors[0].device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return looks, torch.get_default_dtype(), autocast

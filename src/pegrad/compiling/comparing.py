@@ -1,6 +1,5 @@
 """Whether a graph gives what the call gives, but for rounding."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,9 @@ def worst_difference(given: Any, wanted: Any, start: Any = None) -> float:
         start: of the same structure as the value, or a part of it, field by field: where a tensor started from, or
             None.
     """
-    fields = (given, wanted, start or (None,) * len(wanted)) if isinstance(wanted, tuple) else ([given], [wanted], [start])
+    fields = (
+        (given, wanted, start or (None,) * len(wanted)) if isinstance(wanted, tuple) else ([given], [wanted], [start])
+    )
     return max((_worst(*field) for field in zip(*fields, strict=True)), default=0.0)
 
 

@@ -4,23 +4,29 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pegrad import trees
 from pegrad.compiling.backends import Backend, Runs
 from pegrad.compiling.comparing import worst_difference
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.programs import Call, Program, Trial
 from pegrad.compiling.recording import Recording, record
 from pegrad.errors import CompileError
-from pegrad.numerics import full_precision
+from pegrad.numerics import arithmetic, without_autocast
 from pegrad.tracing.generators import Generators
 
 EAGERLY = "eagerly"
 _ROUNDS = 5  # of each candidate, before one is preferred
+
+
+class UnusualError(CompileError):
+    """The arguments that a call was recorded with are not ones that its graph is good for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +47,15 @@ class Graph:
             CompileError: it fails.
         """
         tensors = Pieces.of(inputs)[1]
-        runs = backend(recording.graph, [*(t.detach() for t in tensors), *recording.captured])
+        with without_autocast(tensors[0].device):  # whose casts are operations of the graph
+            runs = backend(recording.graph, [*(t.detach() for t in tensors), *recording.captured])
         return cls(runs, recording, tuple(t.stride() for t in tensors))
 
     def __call__(self, inputs: Any) -> tuple[Any, bool]:
         """Run: the value, and whether what was assumed of the inputs holds, without which it is worth nothing."""
         tensors = Pieces.of(inputs)[1]
         given = [_laid(t, strides) for t, strides in zip(tensors, self.strides, strict=True)]
-        with torch.no_grad(), full_precision():
+        with torch.no_grad(), arithmetic(given[0].device):
             *outputs, held = self.runs(*given, *self.recording.captured)
         return self.recording.value.filled(outputs), bool(held)
 
@@ -72,7 +79,7 @@ class Report:
     def pays_after(self) -> float:
         """After how many calls the time spent is won back; infinite where nothing is known to be faster."""
         won = self.seconds[EAGERLY] - self.seconds[self.backend] if self.seconds else 0.0
-        return self.spent / won if won > 0 else float("inf")
+        return self.spent / won if won > 0 else inf
 
 
 def make(program: Program, call: Call, backend: Backend | None) -> tuple[Graph | None, Report]:
@@ -87,15 +94,26 @@ def make(program: Program, call: Call, backend: Backend | None) -> tuple[Graph |
         The graph, or None if calls had better be made eagerly; and how that came about.
 
     Raises:
+        UnusualError: the graph is not good for these very arguments.
         CompileError: the call cannot be recorded, or the backend that was asked for fails or gives something else.
     """
     begun = time.perf_counter()
     inputs = program.inputs(call)
     with _repeated() as again:
         with program.surroundings(call):
-            recording = record(program.graph, inputs)
+            recording = record(program.graph, inputs, program.handed_over)
         expected = []
-        for trial in (*program.trials(call), _changed(program, call, inputs)):
+        again()
+        plain = Graph.of(Backend("eager"), recording, inputs)
+        with program.surroundings(call):
+            if not plain(_copies(inputs))[1]:
+                raise UnusualError(
+                    "The example is one that no graph is for: a gradient of it is not finite, or must be made again in "
+                    "float64 to be exact. Compile for another"
+                )
+            other = _changed(program, call, inputs)
+            trials = [*program.trials(call), *[other] * plain(_copies(other.inputs))[1]]
+        for trial in trials:
             again()
             expected.append((trial.inputs, program.compared(trial.run())))
         candidates = [backend] if backend else [Backend("eager"), Backend("inductor")]
@@ -151,23 +169,22 @@ def _changed(program: Program, call: Call, inputs: Any) -> Trial:
 def _other(tensor: Tensor) -> Tensor:
     """Return a tensor of other numbers that are as good: a percent more here and less there, or in another order."""
     if tensor.is_floating_point():
-        signs = torch.arange(tensor.numel(), device=tensor.device).remainder(3).sub(1).view(tensor.shape)
-        return tensor * (1 + signs.to(tensor.dtype) / 128)
+        shares = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).mul_(0.618).frac_().sub_(0.3)
+        return tensor * (1 + shares.view(tensor.shape).to(tensor.dtype) / 64)
     return tensor.roll(1, 0) if tensor.dim() else tensor
 
 
 def _distance(program: Program, call: Call, graph: Graph, inputs: Any, wanted: Any) -> float:
     """Run a graph, and measure how far its result is from another, over what passes for rounding."""
     with program.surroundings(call):
-        value, held = graph(inputs)
-    if not held:  # as the call itself would decide otherwise, there is nothing to be compared
-        return 0.0
+        value, held = graph(_copies(inputs) if program.handed_over else inputs)
+    if not held:
+        return inf
     return worst_difference(program.compared(program.result(call, value)), wanted, program.start(inputs))
 
 
-def run(program: Program, call: Call, graph: Graph) -> tuple[Any, bool]:
-    """Make a call by its graph: the result, and whether it holds."""
-    inputs = program.inputs(call)
+def run(program: Program, call: Call, inputs: Any, graph: Graph) -> tuple[Any, bool]:
+    """Make a call by its graph: the result, and whether that holds."""
     with program.surroundings(call):
         value, held = graph(inputs)
     return program.result(call, value) if held else None, held
@@ -175,9 +192,10 @@ def run(program: Program, call: Call, graph: Graph) -> tuple[Any, bool]:
 
 def _measured(program: Program, call: Call, graphs: Mapping[str, Graph]) -> dict[str, float]:
     """Measure calls, eager ones and by each graph, in turns."""
+    call = Call(*_copies(call)) if program.handed_over else call  # which the graphs go on from
     ways: dict[str, Callable[[], Any]] = {EAGERLY: lambda: program.eagerly(call)}
     for name, graph in graphs.items():
-        ways[name] = lambda graph=graph: run(program, call, graph)
+        ways[name] = lambda graph=graph: run(program, call, program.inputs(call), graph)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(_ROUNDS):
         for name, way in ways.items():
@@ -186,6 +204,10 @@ def _measured(program: Program, call: Call, graphs: Mapping[str, Graph]) -> dict
             _synchronise()
             times[name].append(time.perf_counter() - begun)
     return {name: median(found) for name, found in times.items()}
+
+
+def _copies(tree: Any) -> Any:
+    return trees.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _synchronise() -> None:

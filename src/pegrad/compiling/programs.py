@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
-from pegrad.compiling.pieces import Pieces
+from pegrad.compiling.recording import Handed
 
 
 class Call(NamedTuple):
@@ -24,6 +24,9 @@ class Trial(NamedTuple):
 
 class Program(Protocol):
     """A call that can be compiled."""
+
+    handed_over: tuple[Handed, Handed] | None
+    """See `pegrad.compiling.recording.record`."""
 
     def eagerly(self, call: Call) -> Any:
         """Make the call without any graph."""
@@ -52,6 +55,8 @@ class Program(Protocol):
 
 class Function:
     """A pure function of pytrees."""
+
+    handed_over: tuple[Handed, Handed] | None = None
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function

@@ -5,7 +5,7 @@ pass, backward pass and our own arithmetic alike. Tensors that the call did not 
 loss closes over, frozen weights) become inputs of the graph as well, the very tensors.
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any, NoReturn
@@ -40,12 +40,18 @@ class Recording:
         return sum(node.op == "call_function" for node in self.graph.graph.nodes)
 
 
-def record(function: Callable[[Any], Any], inputs: Any) -> Recording:
+Handed = Callable[[Any], Sequence[Tensor]]
+"""From a pytree to those of its tensors whose memory is handed over, or take it over."""
+
+
+def record(function: Callable[[Any], Any], inputs: Any, handed_over: tuple[Handed, Handed] | None = None) -> Recording:
     """Call a function, and note every operation.
 
     Args:
         function: a pure function from a pytree to a pytree.
         inputs: its argument. What is no tensor among the leaves is taken as it is.
+        handed_over: of the inputs, tensors whose memory the graph takes for those of the value, each of the same shape
+            and dtype as the one before it. They stay as they are where what was assumed does not hold.
 
     Raises:
         CompileError: what the function does depends on numbers in a way that no graph can follow.
@@ -59,8 +65,14 @@ def record(function: Callable[[Any], Any], inputs: Any) -> Recording:
     recorder = _Recorder(plain, assumptions)
     try:
         with torch.no_grad(), assuming(assumptions), recorder:
-            value, outputs = Pieces.of(function(structure.filled(plain)))
+            given = structure.filled(plain)
+            value = function(given)
             held = assumptions.held(plain[0].device)
+            rest, outputs = Pieces.of(value)
+            if handed_over:
+                old, new = (of(tree) for of, tree in zip(handed_over, (given, value), strict=True))
+                taken = {id(b): a.copy_(torch.where(held, b, a)) for a, b in zip(old, new, strict=True)}
+                outputs = [taken.get(id(output), output) for output in outputs]
     except PegradError:
         raise
     except Exception as error:
@@ -69,7 +81,7 @@ def record(function: Callable[[Any], Any], inputs: Any) -> Recording:
         ) from error
     if recorder.refused:  # and swallowed by the loss
         raise recorder.refused
-    return Recording(recorder.finished([*outputs, held]), recorder.captured, value)
+    return Recording(recorder.finished([*outputs, held]), [t.detach() for t in recorder.captured], rest)
 
 
 class _Recorder(TorchDispatchMode):
@@ -105,7 +117,7 @@ class _Recorder(TorchDispatchMode):
         if any(nodes):
             if torch.Tag.data_dependent_output in func.tags:
                 self._refuse(f"numbers are asked for (if, float(), .item(), torch.equal: {func})")
-            if torch.Tag.dynamic_output_shape in func.tags or _masked(func, args):
+            if _shaped_by_numbers(func, args):
                 self._refuse(f"the shape of what {func} returns depends on numbers")
         elif torch.Tag.data_dependent_output in func.tags:
             return func(*args, **kwargs)
@@ -154,7 +166,7 @@ class _Recorder(TorchDispatchMode):
         """Make a tensor an input of the graph."""
         with self._graph.inserting_after(self._last):
             self._last = self._graph.placeholder(f"captured_{len(self.captured)}")
-        self.captured.append(tensor.detach())
+        self.captured.append(tensor)
         self._versions.append(tensor._version)
         self._nodes[tensor] = self._last
         return self._last
@@ -169,9 +181,7 @@ class _Recorder(TorchDispatchMode):
 
 def _same(view: Tensor, of: Tensor) -> bool:
     """Tell whether a view is all of a tensor, as it lies in memory."""
-    return (
-        view.shape == of.shape and view.stride() == of.stride() and view.storage_offset() == of.storage_offset()
-    )
+    return view.shape == of.shape and view.stride() == of.stride() and view.storage_offset() == of.storage_offset()
 
 
 _ATEN = torch.ops.aten
@@ -181,9 +191,10 @@ _VIEWS = {
 }
 
 
-def _masked(func: Any, args: Any) -> bool:
-    """Tell whether a tensor is indexed by a mask."""
-    return func is _ATEN.index.Tensor and any(i is not None and i.dtype in _MASKS for i in args[1])
+def _shaped_by_numbers(func: Any, args: Any) -> bool:
+    if func is _ATEN.index.Tensor:  # which is, by a mask
+        return any(index is not None and index.dtype in _MASKS for index in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 _MASKS = (torch.bool, torch.uint8)

@@ -49,18 +49,20 @@ class StepProgram:
 
     Args:
         step: the step.
+        donate: whether the memory of old parameters and of the optimizer's old state is taken for the new ones.
 
     Raises:
         CompileError: its clipping is adaptive.
     """
 
-    def __init__(self, step: DPSGD) -> None:
+    def __init__(self, step: DPSGD, *, donate: bool = False) -> None:
         if step.adaptive is not None:
             raise CompileError(
                 "A step with adaptive clipping has new bounds at every step, and a graph has them for good: compile a "
                 "step with a clip norm that stays"
             )
         self.step = step
+        self.handed_over = (_kept, _kept) if donate else None
         self._numbers: dict[Any, Numbers | None] = {}
 
     def eagerly(self, call: Call) -> Step:
@@ -122,6 +124,11 @@ class StepProgram:
         none = inputs._replace(sensitivity=torch.zeros_like(inputs.sensitivity))
         yield Trial(none, lambda: silent(*call.args, **call.kwargs))
         yield Trial(inputs, lambda: self.eagerly(call))
+
+
+def _kept(tree: _Inputs | _Value) -> list[Tensor]:
+    """Return what a step makes new of its like; not the gradients of which an update is made outside."""
+    return [] if tree.optimizer is None else Pieces.of((tree.params, tree.optimizer))[1]
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,12 @@ class EmbeddingWeight(Site):
 
     def _segments(self, x: Tensor, g: Tensor) -> Squares:
         """Add up the lines of equal tokens of one example, and only then square."""
-        places, segment = torch.unique(self._places(x), return_inverse=True)
-        lines = self._lines(x, g)
-        sums = g.new_zeros(len(places), g.shape[-1]).index_add_(0, segment, lines)
-        example = places // self.source.shape[0]
+        lines, places = self._lines(x, g), self._places(x)
+        ordered, order = places.sort()
+        new = ordered.diff(prepend=ordered[:1]) != 0  # a token that is not the one before it
+        segment = torch.empty_like(places).index_copy_(0, order, new.cumsum(0))
+        sums = torch.zeros_like(lines).index_add_(0, segment, lines)  # as many as if no token came twice
+        example = torch.zeros_like(places).index_copy_(0, segment, places // self.source.shape[0])
         squares = torch.zeros(x.shape[0], dtype=torch.float64, device=g.device)
         terms = squared_norms(lines).reshape(x.shape[0], -1).sum(1)
         norms = squares.index_add_(0, example, squared_norms(sums))

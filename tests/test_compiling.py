@@ -1,0 +1,456 @@
+"""`pegrad.compile`: the graph gives what the call gives, for other numbers too, or is not used."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import oracle
+import pegrad
+from cases import CASES, B
+from pegrad import clipping, optim, trees
+from pegrad.compiling.backends import Backend
+from pegrad.compiling.comparing import worst_difference
+from pegrad.compiling.recording import record
+
+MASK = torch.tensor([True, False, True, True, True])
+OTHER_MASK = torch.tensor([False, True, True, False, True])
+
+
+def net(params, example):
+    x, y = example
+    hidden = F.conv2d(x[None], params["conv"], padding=1).relu().flatten()
+    return F.cross_entropy(hidden @ params["w"], y)
+
+
+def params(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"conv": (3, 1, 3, 3), "w": (48, 4)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def batch(seed, size=B, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 1, 4, 4, generator=generator).to(dtype), torch.randint(4, (size,), generator=generator)
+
+
+def assert_same_bits(given, wanted):
+    """Compare two pytrees: tensors bit for bit, NaN like NaN, and all else."""
+    a, b = trees.flatten(given), trees.flatten(wanted)
+    assert a[1] == b[1]
+    for x, y in zip(a[0], b[0], strict=True):
+        if isinstance(y, Tensor):
+            assert x.dtype == y.dtype
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert x == y
+
+
+FUNCTIONS = {
+    "flat": lambda: pegrad.clipped_grad(net, clip_norm=0.5),
+    "per_layer": lambda: pegrad.clipped_grad(net, clip_norm=clipping.PerLayer(0.5)),
+    "automatic": lambda: pegrad.clipped_grad(net, clip_norm=clipping.Automatic(0.5), normalize_by=3.0),
+    "weighted": lambda: pegrad.clipped_grad(net, clip_norm=clipping.Weighted(lambda n: 1 / (1 + n), 1.0)),
+    "microbatches": lambda: pegrad.clipped_grad(net, clip_norm=0.5, microbatch_size=2),
+    "grads": lambda: pegrad.per_example_value_and_grad(net),
+    "norms": lambda: pegrad.per_example_norm(net),
+    "norms_by_leaf": lambda: pegrad.per_example_norm(net, by=clipping.PerLeaf(1.0)),
+    "moments": lambda: pegrad.gradient_moments(net),
+    "moments_in_parts": lambda: pegrad.gradient_moments(net, microbatch_size=2),
+    "noise_scale": lambda: pegrad.gradient_noise_scale(net),
+    "noise_scale_in_parts": lambda: pegrad.gradient_noise_scale(net, microbatch_size=2),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_gives_the_same_bits_on_other_numbers(name, masked):
+    function, mask = FUNCTIONS[name](), (MASK,) if masked else ()
+    compiled = pegrad.compile(function, params(), batch(0), *mask, backend="eager")
+    other = (OTHER_MASK,) if masked else ()
+    assert_same_bits(compiled(params(), batch(1), *other), function(params(), batch(1), *other))
+    assert (compiled.misses, len(compiled.reports)) == (0, 1)
+
+
+def test_inner_products_and_gram_matrices_are_compiled_with_their_keywords():
+    dots = pegrad.per_example_dot(net)
+    compiled = pegrad.compile(dots, params(), batch(0), params(), backend="eager")
+    assert_same_bits(compiled(params(), batch(1), params()), dots(params(), batch(1), params()))
+    gram = pegrad.gradient_gram(net)
+    compiled = pegrad.compile(gram, backend="eager")
+    given = {"other": batch(2, 3), "mask": MASK}
+    assert_same_bits(compiled(params(), batch(1), **given), gram(params(), batch(1), **given))
+    assert_same_bits(compiled(params(), batch(1)), gram(params(), batch(1)))
+    assert len(compiled.reports) == 2
+
+
+@pytest.mark.parametrize("strategy", pegrad.STRATEGIES)
+def test_every_strategy_is_compiled(strategy):
+    function = pegrad.clipped_grad(net, clip_norm=0.5, strategy=strategy)
+    compiled = pegrad.compile(function, params(), batch(0), MASK, backend="eager")
+    assert_same_bits(compiled(params(), batch(1), MASK), function(params(), batch(1), MASK))
+    assert compiled.misses == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_compiled(name):
+    case = CASES[name]
+    torch.manual_seed(0)
+    (parameters, rows), (_, others) = case.make(), case.make()
+    function = pegrad.clipped_grad(case.loss, clip_norm=0.5)
+    compiled = pegrad.compile(function, parameters, rows, backend="eager")
+    assert_same_bits(compiled(parameters, others).grads, function(parameters, others).grads)
+
+
+def test_a_graph_agrees_with_the_loop():
+    clean, rows = params(torch.float64), batch(1, dtype=torch.float64)
+    compiled = pegrad.compile(pegrad.clipped_grad(net, clip_norm=0.5), clean, batch(0, dtype=torch.float64))
+    expected = oracle.clipped_sum(oracle.per_example_grads(net, clean, rows), 0.5)
+    oracle.assert_close(compiled(clean, rows).grads, expected)
+
+
+HOSTILE = {
+    "infinite": lambda x, g: x[1].fill_(1e30),
+    "not a number": lambda x, g: x[1].fill_(torch.nan),
+    # two positions that cancel: in float32 the norm would be one of rounding
+    "cancelling": lambda x, g: (x[1].copy_(1e4 * x[1, :1].expand(2, 4)), g[1, 1].copy_(-g[1, 0] * (1 + 1e-6))),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_a_graph_takes_for_granted_is_looked_at(name):
+    """A hostile example is as harmless as eagerly: bit for bit, since the call is then made eagerly."""
+
+    def linear(parameters, example):
+        x, g = example
+        return (F.linear(x, parameters["w"]) * g).sum()
+
+    parameters = {"w": torch.ones(3, 4)}
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(B, 2, 4, generator=generator), torch.randn(B, 2, 3, generator=generator)
+    function = pegrad.clipped_grad(linear, clip_norm=1e-2)
+    compiled = pegrad.compile(function, parameters, (x, g), backend="eager")
+    x, g = x.flip(0), g.flip(0)
+    assert_same_bits(compiled(parameters, (x, g)), function(parameters, (x, g)))
+    assert compiled.misses == 0
+    HOSTILE[name](x, g)
+    assert_same_bits(compiled(parameters, (x, g)), function(parameters, (x, g)))
+    assert compiled.misses == 1
+    with pytest.raises(pegrad.CompileError, match="another"):
+        pegrad.compile(function, parameters, (x, g), backend="eager")
+    late = pegrad.compile(function, backend="eager")
+    for hostile in (x, g), (x.clone().normal_(), g.clone().normal_()):
+        assert_same_bits(late(parameters, hostile), function(parameters, hostile))
+    assert (late.misses, len(late.reports)) == (1, 1)
+
+
+def test_paths_other_than_the_recorded_one_are_taken_eagerly():
+    def forked(parameters, x):
+        y = parameters["w"] @ x
+        return y.square().sum() if x.mean() > 0 else y.sin().sum()
+
+    parameters = {"w": torch.ones(2, 3)}
+    function = pegrad.clipped_grad(forked, clip_norm=0.5)
+    rows = torch.rand(B, 3)
+    compiled = pegrad.compile(function, parameters, rows, backend="eager")
+    assert_same_bits(compiled(parameters, rows.flip(0)), function(parameters, rows.flip(0)))
+    assert compiled.misses == 0
+    for other in (-rows, torch.cat([-rows[:2], rows[2:]])):
+        assert_same_bits(compiled(parameters, other), function(parameters, other))
+    assert compiled.misses == 2
+    padded = torch.cat([-rows[:1], rows[1:]])
+    masked = pegrad.compile(function, parameters, rows, MASK, backend="eager")
+    assert_same_bits(
+        masked(parameters, padded, ~MASK | MASK.roll(1)), function(parameters, padded, ~MASK | MASK.roll(1))
+    )
+    with pytest.raises(pegrad.CompileError, match="give different answers"):
+        pegrad.compile(function, parameters, torch.cat([-rows[:2], rows[2:]]), backend="eager")
+
+
+@pytest.mark.parametrize("ask", [int, float, lambda t: t.item(), lambda t: range(9)[t.long()]])
+def test_numbers_that_a_loss_asks_for_are_taken_for_granted(ask):
+    def powered(parameters, example):
+        x, power = example
+        return (parameters["w"] @ x).pow(2 + ask(power)).sum()
+
+    parameters = {"w": torch.ones(2, 3)}
+    function = pegrad.clipped_grad(powered, clip_norm=0.5)
+    x, ones = torch.rand(B, 3), torch.ones(B)
+    compiled = pegrad.compile(function, parameters, (x, ones), backend="eager")
+    for power, misses in (ones, 0), (2 * ones, 1):
+        assert_same_bits(compiled(parameters, (x, power)), function(parameters, (x, power)))
+        assert compiled.misses == misses
+
+
+REFUSED = {
+    "a list": lambda p, x: p["w"] @ x * sum(x.tolist()),
+    "another tensor's numbers": lambda p, x: (p["w"] @ x).sum() * float(p["w"].sum()),
+    "numbers by numpy": lambda p, x: (p["w"] @ x).sum() * torch.from_numpy(p["w"].detach().numpy()).sum(),
+    "a mask's shape": lambda p, x: (p["w"] @ x)[(p["w"] @ x) > -100].sum(),
+    "a written buffer": lambda p, x: (p["w"] @ x).sum() + _COUNTS.add_(1).sum(),
+}
+_COUNTS = torch.zeros(1)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_graph_can_follow_is_refused(name):
+    function = pegrad.per_example_norm(lambda p, x: REFUSED[name](p, x).sum(), strategy="naive")
+    with pytest.raises(pegrad.CompileError):
+        pegrad.compile(function, {"w": torch.ones(2, 3)}, torch.rand(B, 3), backend="eager")
+
+
+def test_what_the_loss_closes_over_is_an_input_of_the_graph():
+    scale = torch.ones(3)
+    function = pegrad.per_example_norm(lambda w, x: (w * x * scale).sum())
+    compiled = pegrad.compile(function, torch.ones(3), torch.rand(B, 3), backend="eager")
+    rows = torch.rand(B, 3)
+    before = compiled(torch.ones(3), rows)
+    scale.mul_(2)
+    assert_same_bits(compiled(torch.ones(3), rows), function(torch.ones(3), rows))
+    assert not torch.equal(compiled(torch.ones(3), rows), before)
+
+
+def test_a_tensor_made_of_numbers_is_made_anew_at_every_call():
+    def counting(w, x):
+        total = torch.tensor(0.0)
+        for part in (w * x).unbind():
+            total = total.add(part) if total.ndim else total + part
+        return total.add_(1.0)
+
+    function = pegrad.per_example_norm(counting, strategy="naive")
+    compiled = pegrad.compile(function, torch.ones(3), torch.rand(B, 3), backend="eager")
+    for seed in range(3):
+        rows = torch.rand(B, 3, generator=torch.Generator().manual_seed(seed))
+        assert_same_bits(compiled(torch.ones(3), rows), function(torch.ones(3), rows))
+
+
+def test_new_shapes_get_a_graph_of_their_own_or_are_refused():
+    function = pegrad.clipped_grad(net, clip_norm=0.5)
+    compiled = pegrad.compile(function, params(), batch(0), backend="eager")
+    assert_same_bits(compiled(params(), batch(1, 7)), function(params(), batch(1, 7)))
+    assert_same_bits(compiled(params(), batch(1, 0)), function(params(), batch(1, 0)))
+    wide = params(torch.float64), batch(1, dtype=torch.float64)
+    assert_same_bits(compiled(*wide), function(*wide))
+    assert len(compiled.reports) == 4
+    strict = pegrad.compile(function, params(), batch(0), backend="eager", new_shapes="refuse")
+    with pytest.raises(pegrad.CompileError, match="pad the batch"):
+        strict(params(), batch(1, 7))
+    assert_same_bits(strict(params(), batch(1)), function(params(), batch(1)))
+
+
+def test_other_strides_and_surroundings_are_seen():
+    function = pegrad.clipped_grad(net, clip_norm=0.5)
+    compiled = pegrad.compile(function, params(), batch(0), backend="aot_eager")
+    x, y = batch(1)
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+    assert worst_difference(compiled(params(), (turned, y)), function(params(), (turned, y))) <= 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(compiled(params(), batch(1)).losses.dtype, function(params(), batch(1)).losses.dtype)
+    assert len(compiled.reports) == 2
+
+
+def test_dropout_draws_the_same_numbers():
+    function = pegrad.clipped_grad(lambda p, e: net(p, (F.dropout(e[0]), e[1])), clip_norm=0.5)
+    torch.manual_seed(3)
+    compiled = pegrad.compile(function, params(), batch(0), backend="eager")
+    again = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), again)  # compiling takes none of the caller's
+    for call in (compiled, function):
+        torch.manual_seed(4)
+        results = [call(params(), batch(1)) for _ in range(2)]
+        if call is compiled:
+            given = results
+    assert_same_bits(given, results)
+    assert not torch.equal(given[0].norms, given[1].norms)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optim.sgd(0.1),
+    "momentum": lambda: optim.sgd(optim.cosine_decay(0.1, 5), momentum=0.9, nesterov=True),
+    "adam": lambda: optim.adam(1e-2),
+    "adamw": lambda: optim.adamw(optim.linear_warmup(1e-2, 3), weight_decay=lambda step: 0.1 / (1 + step)),
+    "average": lambda: optim.chain(
+        optim.clip_by_global_norm(lambda step: 1 / (1 + step)),
+        optim.sgd(0.1),
+        optim.average_iterates(lambda step: min(0.9, (1 + step) / (10 + step))),
+    ),
+    "partition": lambda: optim.partition(
+        {"a": optim.adam(optim.linear_decay(1e-2, 4)), "b": optim.sgd(0.1)}, {"conv": "a", "w": "b"}
+    ),
+    "one's own, in Python": lambda: (
+        lambda p: 1,
+        lambda g, n, p: (trees.map(lambda leaf: leaf * (-0.1 / n if n > 1 else -0.2), g), n + 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_gives_the_same_bits_step_by_step(name, donate):
+    step = pegrad.dp_sgd(net, OPTIMIZERS[name](), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    state = step.init(params(), pegrad.random.key(0))
+    compiled = pegrad.compile(step, params(), state, batch(0), MASK, backend="eager", donate=donate)
+    ours, theirs = (params(), state), (params(), state)
+    if donate:
+        theirs = trees.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, theirs)
+    for seed in range(4):
+        rows, mask = batch(seed), MASK if seed % 2 else OTHER_MASK
+        given, wanted = compiled(*theirs, rows, mask), step(*ours, rows, mask)
+        assert_same_bits(given, wanted)
+        ours, theirs = wanted[:2], given[:2]
+    assert (compiled.misses, len(compiled.reports)) == (0, 1)
+    assert compiled.init(params(), pegrad.random.key(1)).step == 0
+
+
+def test_a_graph_holds_no_key():
+    """Another key, or another step of one, gives other noise by the same graph: that which the step itself gives."""
+    step = pegrad.dp_sgd(net, optim.sgd(1.0), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    compiled = pegrad.compile(step, backend="eager")
+    seen = []
+    for seed in range(3):
+        state = step.init(params(), pegrad.random.key(seed))
+        for number in 0, 1, 1000:
+            at = state._replace(step=number)
+            given = compiled(params(), at, batch(0))
+            assert_same_bits(given, step(params(), at, batch(0)))
+            seen.append(given.params["w"])
+    assert len(compiled.reports) == 1
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_a_key_that_became_a_constant_is_found_out():
+    def noisy(key, tree):
+        return pegrad.add_noise(key, tree, 1.0, step=0)
+
+    with pytest.raises(pegrad.CompileError):
+        pegrad.compile(noisy, pegrad.random.key(0), {"w": torch.zeros(8)}, backend="eager")
+
+
+def test_a_step_that_misses_leaves_donated_memory_as_it_was():
+    step = pegrad.dp_sgd(net, optim.adam(0.1), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    state = step.init(params(), pegrad.random.key(0))
+    compiled = pegrad.compile(step, params(), state, batch(0), backend="eager", donate=True)
+    x, y = batch(1)
+    x[0] = torch.inf
+    mine = params()
+    assert_same_bits(compiled(mine, state, (x, y)), step(params(), state, (x, y)))
+    assert compiled.misses == 1
+    assert_same_bits(mine, params())
+
+
+def test_donated_memory_is_that_of_the_result():
+    step = pegrad.dp_sgd(net, optim.adam(0.1), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    mine = params()
+    state = step.init(mine, pegrad.random.key(0))
+    compiled = pegrad.compile(step, params(), state, batch(0), backend="eager", donate=True)
+    after = compiled(mine, state, batch(1))
+    assert [a.data_ptr() for a in after.params.values()] == [a.data_ptr() for a in mine.values()]
+    same = torch.ones(4, 4)
+    tied = {"a": same, "b": same}
+    step = pegrad.dp_sgd(
+        lambda p, x: (p["a"] @ p["b"] @ x).sum(), optim.sgd(0.1), clip_norm=0.5, noise_multiplier=1.0,
+        expected_batch_size=4,
+    )  # fmt: skip
+    compiled = pegrad.compile(step, backend="eager", donate=True)
+    with pytest.raises(pegrad.ArgumentError, match="share memory"):
+        compiled(tied, step.init(tied, pegrad.random.key(0)), torch.ones(B, 4))
+
+
+def test_an_adaptive_step_and_bad_arguments_are_refused():
+    step = pegrad.dp_sgd(
+        net, optim.sgd(0.1), clip_norm=pegrad.Adaptive(1.0, count_noise_multiplier=2.0), noise_multiplier=1.0,
+        expected_batch_size=4,
+    )  # fmt: skip
+    with pytest.raises(pegrad.CompileError, match="adaptive"):
+        pegrad.compile(step)
+    function = pegrad.clipped_grad(net, clip_norm=0.5)
+    with pytest.raises(pegrad.ArgumentError, match="backend"):
+        pegrad.compile(function, params(), batch(0), backend="no such")
+    with pytest.raises(pegrad.ArgumentError, match="new_shapes"):
+        pegrad.compile(function, new_shapes="maybe")
+    with pytest.raises(pegrad.ArgumentError, match="function"):
+        pegrad.compile(3)
+    with pytest.raises(pegrad.ArgumentError, match="donate"):
+        pegrad.compile(function, donate=True)
+    with pytest.raises(pegrad.LeafError, match="examples"):
+        pegrad.compile(function, params(), (batch(0)[0], batch(0, 3)[1]), backend="eager")
+    with pytest.raises(pegrad.ArgumentError, match="hashed"):
+        pegrad.compile(lambda t, other: t * 2, torch.ones(2), {1, 2}, backend="eager")
+
+
+class Wrong(Backend):
+    """Gives a little more than it should, wherever that is a floating-point number."""
+
+    def __call__(self, graph, tensors):
+        def run(*given):
+            *outputs, held = graph(*given)
+            return [*((t * (1 + 1e-3) if t.is_floating_point() else t) for t in outputs), held]
+
+        return run
+
+    def alternatives(self):
+        return [Backend("eager")] if self.name == "first" else []
+
+
+@pytest.mark.parametrize(("name", "noise"), [("first", 0.0), ("only", 0.0), ("only", 100.0)])
+def test_a_backend_that_gives_something_else_is_not_used(monkeypatch, name, noise):
+    """Nor can noise hide what it gives."""
+    monkeypatch.setattr(pegrad.compiling.compiled, "Backend", Wrong)
+    step = pegrad.dp_sgd(net, optim.sgd(1e-6), clip_norm=0.5, noise_multiplier=noise, expected_batch_size=4)
+    state = step.init(params(), pegrad.random.key(0))
+    if name == "only":
+        with pytest.raises(pegrad.CompileError, match="something else"):
+            pegrad.compile(step, params(), state, batch(0), backend=name)
+        return
+    compiled = pegrad.compile(step, params(), state, batch(0), backend=name)
+    assert "something else" in compiled.reports[0].rejected[0]
+    assert compiled.reports[0].backend == "eager"
+
+
+def test_a_constant_that_should_be_none_is_found_out():
+    """Numbers that came by a way that no operation shows are those of the example for good."""
+    memory = {}
+
+    def remembering(w, x):
+        memory.setdefault("x", x)
+        return w * memory["x"]
+
+    with pytest.raises(pegrad.CompileError, match="something else"):
+        pegrad.compile(remembering, torch.ones(3), torch.rand(3), backend="eager")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compilers_give_the_same_but_for_rounding(backend):
+    function = pegrad.clipped_grad(lambda p, x: (p["w"] @ x).tanh().sum(), clip_norm=0.5)
+    step = pegrad.dp_sgd(function.loss, optim.adam(1e-2), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    parameters = {"w": torch.ones(4, 3)}
+    state = step.init(parameters, pegrad.random.key(0))
+    compiled = pegrad.compile(step, parameters, state, torch.rand(B, 3), MASK, backend=backend)
+    rows = torch.rand(B, 3)
+    given, wanted = compiled(parameters, state, rows, OTHER_MASK), step(parameters, state, rows, OTHER_MASK)
+    torch.testing.assert_close(given.params, wanted.params)
+    torch.testing.assert_close(given.metrics.norms, wanted.metrics.norms)
+    assert given.state.ledger == wanted.state.ledger
+    assert given.state.step == 1
+    assert compiled.misses == 0
+
+
+def test_the_fastest_is_taken():
+    function = pegrad.clipped_grad(lambda p, x: (p["w"] @ x).tanh().sum(), clip_norm=0.5)
+    compiled = pegrad.compile(function, {"w": torch.ones(4, 3)}, torch.rand(B, 3))
+    (report,) = compiled.reports
+    assert set(report.seconds) == {"eagerly", "eager", "inductor"}
+    assert report.backend == min(report.seconds, key=report.seconds.get)
+    assert report.pays_after > 0
+
+
+def test_recording_is_of_the_call_alone():
+    """Nothing is recorded in another call, nor after an error."""
+    function = pegrad.clipped_grad(net, clip_norm=0.5)
+    with pytest.raises(pegrad.LeafError):
+        record(lambda given: function(*given), (params(), (batch(0)[0], batch(0, 3)[1])))
+    assert pegrad.assumptions.current() is None
+    assert replace(function, microbatch_size=2)(params(), batch(0)).norms.shape == (B,)
