@@ -50,7 +50,7 @@ def decided(condition: Tensor) -> bool:
     return value
 
 
-def some(rows: Tensor) -> bool:
+def any_row(rows: Tensor) -> bool:
     """Tell whether any row is marked as one to be dealt with apart; while a call is recorded, suppose that none is."""
     assumptions = _RECORDED.get()
     if assumptions is None:

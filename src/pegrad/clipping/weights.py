@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pegrad.assumptions import some
+from pegrad.assumptions import any_row
 from pegrad.errors import ArgumentError
 from pegrad.numerics import contract
 from pegrad.tracing.batched import transformed
@@ -106,7 +106,7 @@ class Weights:
             values = torch.where(values > most * _ROUNDING, most, values)
         allowed = torch.isfinite(squares) & (values >= 0)
         values = values.masked_fill(~(allowed if mask is None else allowed & mask), 0)
-        finite = not transformed() and not some(~torch.isfinite(squares))
+        finite = not transformed() and not any_row(~torch.isfinite(squares))
         return cls(values, None if finite else values == 0, weighting.bound)
 
     def __getitem__(self, rows: slice | Tensor) -> "Weights":

@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from pegrad.assumptions import some
+from pegrad.assumptions import any_row
 from pegrad.clipping import Weights
 from pegrad.numerics import BLOCK, norm_bounds, squared_norms, take_rows, zero_rows
 from pegrad.plan.candidates import Candidate
@@ -58,7 +58,7 @@ class NativeSum:
         if self.apart is not None:
             alone &= ~self.apart
         out = _either(weights.bad, self.apart)
-        chosen = alone if some(alone) else None
+        chosen = alone if any_row(alone) else None
         out = _either(out, chosen)
         total = self._products(parts, replace(weights, bad=out), dtype)
         if total is None:  # so large that it is made in float64 from beginning to end
@@ -99,7 +99,7 @@ class NativeSum:
             if looks:
                 largest.append(_largest(summed))
             total = summed.to(dtype) if total is None else total.add_(summed)
-        return None if looks and some(mistrusted(torch.stack(largest).double())) else total
+        return None if looks and any_row(mistrusted(torch.stack(largest).double())) else total
 
     def _exact_sum(self, parts: Sequence[Part], weights: Weights, rows: Tensor) -> Tensor:
         total = torch.zeros(self.source.shape, dtype=torch.float64, device=rows.device)
@@ -190,7 +190,7 @@ def guarded_norms(choice: Candidate, parts: Sequence[Part], batch: int, floor: f
             squares = _square_of_sum([part[0] for part in found], parts)
             errors = len(parts) * torch.stack([part[1] for part in found]).sum(0)  # by Cauchy and Schwarz
     mistrusted = rounding.mistrusted_norms(squares, errors, floor, positions)
-    if some(mistrusted):
+    if any_row(mistrusted):
         dtype = parts[0].g.dtype
         for rows, grads in exact_rows(parts, mistrusted.nonzero().squeeze(1), batch):
             exact = squared_norms(grads)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pegrad.assumptions import some, unrecorded
+from pegrad.assumptions import any_row, unrecorded
 from pegrad.clipping import Grouping, Unclipped, Weights
 from pegrad.numerics import accumulator, squared_norms
 from pegrad.plan.candidates import Candidate, stack_kernel
@@ -138,7 +138,7 @@ class Norms(Grouped):
         norms = squares.sqrt().clamp(min=floor)
         apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, part.positions) if floor else errors < 0
         native = NativeSum(site.source, [errors], gain, apart)
-        for row in apart.nonzero().squeeze(1).tolist() if some(apart) else ():
+        for row in apart.nonzero().squeeze(1).tolist() if any_row(apart) else ():
             alone = part.rows(row, row + 1, self.batch)
             pulled = pull_rows(self.trace, site.source, kernel.run(alone.x, alone.g))
             squares[row] = squares_of(pulled)[0]
