@@ -26,11 +26,11 @@ def compile(
     """Make a graph of a per-example function or a private step, and kernels of the graph.
 
     The graph is one of plain operations of PyTorch's: forward and backward pass, norms, weights and sum, and of a step
-    the noise and the update as well. It holds for the shapes, dtypes and devices that it was made for, whatever the
-    numbers are. Where Python would decide by numbers, the graph takes for granted that it decides as for the example: that no
-    gradient is infinite, or would be mistrusted and made again in float64; that `if x.mean() > 0` in the loss is
-    answered as it was. It works out beside the value whether that is so, and where it is not, the call is made again,
-    eagerly. So a batch of padded examples is right, and a hostile example as harmless as ever.
+    the noise and the update as well. It is good for the shapes, dtypes and devices that it was made for. Where Python
+    would decide by numbers, the graph takes something for granted: that every gradient is finite, and exact without
+    being made again in float64; that `if x.mean() > 0` in the loss is answered as it was for the example. It works out
+    beside the value whether that is so, and where it is not, the call is made again, eagerly: a hostile example is as
+    harmless as ever.
 
     Each graph is compared with the call when it is made, leaf by leaf: on the example, and on other numbers of the same
     shapes, which brings to light what has become a constant and should not have. A private step is compared without
