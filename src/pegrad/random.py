@@ -278,6 +278,7 @@ def normal_from(
     part = _checked(Part(numel, start, stop))
     look = _Look(torch.Size([part.stop - part.start]), dtype, device, part, _chosen(cipher, device))
     check_key(derived)
+    refuse_constant(derived)
     return _drawn_together(derived[None], [look])[0]
 
 
@@ -290,8 +291,8 @@ def leaf_keys(key: Tensor, tree: trees.PyTree, *, cipher: Cipher | None = None) 
         cipher: see `tree_normal`.
 
     Returns:
-        `uint8` of shape (leaves, 32), on the CPU: secret, and for one draw, like the key itself. It is a plain tensor, as
-        compilers want their inputs, so it prints: keep it out of logs.
+        `uint8` of shape (leaves, 32), on the CPU: secret, and for one draw, like the key itself. It is a plain tensor,
+        as compilers want their inputs, so it prints: keep it out of logs.
 
     Raises:
         ArgumentError: `key` is not a key, the cipher is none of the two, or a graph is being traced.
@@ -360,7 +361,7 @@ def each_normal_from(
 ) -> list[Tensor]:
     """Draw as `each_normal`, from keys that are derived already: for a graph, which takes the derived keys as an input.
 
-    By ChaCha20 all leaves of one device and precision are drawn together, in no more operations than one.
+    By ChaCha20 all leaves of one device and dtype are drawn together, in no more operations than one.
 
     Args:
         derived: what `leaf_keys` returns, `uint8` of shape (leaves, 32), on any device.
@@ -386,6 +387,7 @@ def each_normal_from(
                 else f"{type(derived).__name__}."
             )
         )
+    refuse_constant(derived)
     return _drawn_together(derived, looks)
 
 
@@ -472,7 +474,6 @@ def _groups(looks: Sequence[_Look]) -> Iterator[list[int]]:
 
 def _drawn_together(derived: Tensor, looks: Sequence[_Look]) -> list[Tensor]:
     """Draw leaves from their derived keys, one a row: by ChaCha20 all of one kind at once."""
-    refuse_constant(derived)
     with torch._C.DisableTorchFunctionSubclass():  # what comes of a `Key` is a plain tensor, as tracers want them
         rows = derived.unbind()
     drawn: dict[int, Tensor] = {}
