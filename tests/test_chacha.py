@@ -15,7 +15,10 @@ from pegrad.errors import ArgumentError
 from pegrad.random import Cipher
 
 COUNTING = bytes(range(32))
-SUNSCREEN = b"Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the future, sunscreen would be it."
+SUNSCREEN = (
+    b"Ladies and Gentlemen of the class of '99: "
+    b"If I could offer you only one tip for the future, sunscreen would be it."
+)
 # RFC 8439: key, counter, nonce, first bytes of the keystream.
 VECTORS = {
     "2.3.2": (
