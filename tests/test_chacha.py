@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.ciphers import algorithms
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pegrad import chacha, random
+from pegrad.box_muller import precision_of
 from pegrad.errors import ArgumentError
 from pegrad.random import Cipher
 
@@ -82,6 +83,7 @@ VECTORS = {
         ).hex(),
     ),
 }
+PLACES = 8  # in units of 2^-23 or 2^-52: of the last place of a normal between 1 and 2, eight times
 INDUCTOR = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch's own, as it is loaded
 LEAVES = [torch.zeros(3, 4), torch.zeros(25), torch.zeros(0), torch.zeros(1001)]
 PARTS = [None, random.Part(50, 13, 38)]
@@ -244,6 +246,41 @@ def test_aes_compiled_has_the_same_bits():
     assert same(compiled(random.leaf_keys(key, LEAVES, cipher=Cipher.AES)), eager(key, Cipher.AES))
     key = random.key(2)
     assert same(compiled(random.leaf_keys(key, LEAVES, cipher=Cipher.AES)), eager(key, Cipher.AES))
+
+
+@INDUCTOR
+@pytest.mark.parametrize("double_rounds", [1, pytest.param(10, marks=pytest.mark.slow)])  # the latter takes a minute
+def test_compiled_words_are_the_eager_ones(monkeypatch, double_rounds):
+    """Catches: an addition that a compiler takes for one that cannot overflow, a shift or a conversion of another kind,
+    in vectors or in what is left over; and normals of other words, or off by more than a compiler's own functions are.
+    """
+    monkeypatch.setattr(chacha, "_DOUBLE_ROUNDS", double_rounds)
+
+    def drawn(words, counter):
+        blocks = chacha.keystream(words, counter)
+        return blocks, *(chacha._normals_of(blocks, precision_of(dtype)) for dtype in (torch.float32, torch.float64))
+
+    compiled = torch.compile(drawn, fullgraph=True, dynamic=False)
+    counter = 2**32 - 500 + torch.arange(1003)
+    for seed in range(2):
+        words = words_of(bytes(random.key(seed).tolist()))
+        blocks, *normals = compiled(words, counter)
+        eager_blocks, *eager_normals = drawn(words, counter)
+        assert torch.equal(blocks, eager_blocks)
+        for some, others in zip(normals, eager_normals, strict=True):
+            assert (some - others).abs().max() <= PLACES * torch.finfo(some.dtype).eps
+
+
+@INDUCTOR
+@pytest.mark.slow
+def test_compiled_noise_of_many_leaves_is_the_eager_one(monkeypatch):
+    """Catches: a compiled draw that gives a leaf another's numbers, or the numbers of the key it was compiled with."""
+    monkeypatch.setattr(chacha, "_DOUBLE_ROUNDS", 1)
+    compiled = torch.compile(draw(Cipher.CHACHA20), fullgraph=True, dynamic=False)
+    for seed in range(2):
+        made = compiled(random.leaf_keys(random.key(seed), LEAVES, cipher=Cipher.CHACHA20))
+        for some, others in zip(made, eager(random.key(seed), Cipher.CHACHA20), strict=True):
+            torch.testing.assert_close(some, others, rtol=0, atol=PLACES * torch.finfo(some.dtype).eps)
 
 
 def test_importing_does_not_load_dynamo():

@@ -4,6 +4,9 @@ Everything here is a pure function of tensors and of Python numbers: no value is
 no loop runs over data. So a tracer sees plain operations, of which the key's words are an input, and a compiler fuses
 counter, rounds and Box–Muller.
 
+The rounds are some 600 operations, whatever is drawn. A compiler takes them for as long as a large model: Inductor half
+a minute on a CPU. So a graph draws all that it needs at once, by `each_normal`.
+
 Words are int32, whose addition wraps around in PyTorch's kernels, in Inductor's C++ and in Triton alike. The tests
 compare all words with another implementation, in whole vectors and in what is left over of them, eager and compiled.
 
@@ -22,6 +25,7 @@ from pegrad.box_muller import Precision, box_muller, precision_of, uniform_of
 
 _CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)  # "expand 32-byte k"
 _WORDS = 16  # of a block
+_DOUBLE_ROUNDS = 10
 
 
 def key_words(derived: Tensor) -> Tensor:
@@ -51,7 +55,7 @@ def keystream(words: Tensor, counter: Tensor, nonce: tuple[int, int] = (0, 0)) -
     upper, lower = words.reshape(-1, 8).t().expand(8, len(counter)).unflatten(0, (2, 4))
     last = torch.stack([low, high, *(torch.full_like(low, word) for word in nonce)])
     a, b, c, d = fixed, upper, lower, last
-    for _ in range(10):
+    for _ in range(_DOUBLE_ROUNDS):
         a, b, c, d = _quarter_rounds(a, b, c, d)  # the columns of the state
         a, b, c, d = _quarter_rounds(a, b.roll(-1, 0), c.roll(-2, 0), d.roll(-3, 0))  # its diagonals
         b, c, d = b.roll(1, 0), c.roll(2, 0), d.roll(3, 0)

@@ -1432,8 +1432,8 @@ MUTANTS = [
     ),
     Mutant(
         "chacha.py",
-        "for _ in range(10):",
-        "for _ in range(3):",
+        "_DOUBLE_ROUNDS = 10",
+        "_DOUBLE_ROUNDS = 3",
         "test_chacha.py -k rfc",
         "a cipher that can be broken",
     ),
