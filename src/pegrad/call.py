@@ -53,11 +53,6 @@ class Call:
         versions = [leaf._version for leaf in (*leaves, *rows)]
         return cls(Problem(flat, leaves, rows, mask, rows[0].shape[0]), flat, params_spec, size, versions)
 
-    @property
-    def examples(self) -> int:
-        """Number of rows that are no padding."""
-        return self.size if self.problem.mask is None else int(self.problem.mask.sum())
-
     def chunks(self, size: int | None) -> Iterator[Problem]:
         """Split the rows into chunks of at most `size`; None: one chunk."""
         rows = self.problem.batch_size

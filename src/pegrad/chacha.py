@@ -121,7 +121,8 @@ def _each(
         ends = list(accumulate(counts))
         skipped = [first - (end - count) for first, end, count in zip(firsts, ends, counts, strict=True)]
         stream = torch.bucketize(place, torch.tensor(ends, device=words.device), right=True)
-        blocks = keystream(words[stream], place + torch.tensor(skipped, device=words.device)[stream])
+        counter = place + torch.tensor(skipped, device=words.device).index_select(0, stream)
+        blocks = keystream(words.index_select(0, stream), counter)
     pieces = numbers_of(blocks).to(dtype).flatten().split([count * of_a_block for count in counts])
     return [
         piece[start - first * of_a_block : stop - first * of_a_block]

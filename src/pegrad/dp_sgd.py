@@ -124,10 +124,19 @@ def add_noise(key: Tensor, grads: PyTree, std: float, *, step: int) -> PyTree:
     return trees.unflatten(spec, leaves)
 
 
-def _add_noise(noise: Iterator[Tensor], leaves: list[Tensor], stds: list[float]) -> None:
-    """Put noisy leaves into a list in place of the clean ones: two copies of one leaf at a time, never of all."""
-    for index, (drawn, std) in enumerate(zip(noise, stds, strict=True) if any(stds) else ()):
-        if std:
+def _std(noise_multiplier: float, sensitivity: Any) -> Any:
+    """Return the standard deviation of the noise; a number where there is none, whatever the sensitivity is."""
+    return noise_multiplier * sensitivity if noise_multiplier else 0.0
+
+
+def _add_noise(noise: Iterator[Tensor], leaves: list[Tensor], stds: list[Any]) -> None:
+    """Put noisy leaves into a list in place of the clean ones: two copies of one leaf at a time, never of all.
+
+    A standard deviation is a number, or a float64 scalar.
+    """
+    noisy = [isinstance(std, Tensor) or bool(std) for std in stds]
+    for index, (drawn, std) in enumerate(zip(noise, stds, strict=True) if any(noisy) else ()):
+        if noisy[index]:
             leaves[index] = drawn.mul_(std).add_(leaves[index])
 
 
@@ -358,14 +367,14 @@ class DPSGD:
             sums, seen = clipped.init(params), []
             for number, given in microbatches:
                 batch, mask = _microbatch(number, given)
-                with random.torch_generators(random.fold_in(key, number), (params, batch)):
+                with random.torch_generators(self.loss_key(state, number), (params, batch)):
                     sums, losses, norms, aux, non_finite = clipped.add(sums, params, batch, mask)
                 mask = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask.to(losses.device)
                 seen.append(Metrics(losses, norms, aux, non_finite, mask))
             metrics = _joined(seen, trees.leaves(params)[0])
             leaves, spec = trees.flatten(clipped.finish(sums))
             del sums  # lets each leaf go as its noisy one comes
-            stds = [self.gradient_noise_multiplier * clipped.sensitivity] * len(leaves)
+            stds = [_std(self.gradient_noise_multiplier, clipped.sensitivity)] * len(leaves)
             if self.adaptive:  # the counts are one leaf more of the same release
                 leaves.append(ranks.total(centred_counts(metrics.norms, state.bounds, metrics.mask)))
                 stds.append(self.adaptive.count_noise_std(state.bounds))
@@ -375,9 +384,16 @@ class DPSGD:
                 bounds = self.adaptive.following(bounds, leaves.pop(), clipped.normalize_by)
             for index, param in enumerate(trees.leaves(params)):
                 leaves[index] = leaves[index].to(accumulator(param.dtype))  # of a large batch it is a float64
-        ledger = recorded(state.ledger, self._entry())
-        after = state._replace(step=state.step + 1, bounds=bounds, ledger=ledger)
-        return Release(trees.unflatten(spec, leaves), after, metrics)
+        return Release(trees.unflatten(spec, leaves), self.after(state)._replace(bounds=bounds), metrics)
+
+    def after(self, state: State) -> State:
+        """Return the state after a step, but for the optimizer's and adaptive bounds."""
+        return state._replace(step=state.step + 1, ledger=recorded(state.ledger, self._entry()))
+
+    @staticmethod
+    def loss_key(state: State, microbatch: int) -> Tensor:
+        """Return the key of the random numbers that the loss draws from torch's generators in a micro-batch."""
+        return random.fold_in(random.fold_in(state.key, state.step), microbatch)
 
     def _entry(self) -> Entry:
         """Return what one step writes into the ledger."""

@@ -21,6 +21,10 @@ class StrategyError(LossError, RuntimeError):
     """A strategy cannot run a loss that plain autograd can; the message says why, and which strategy can."""
 
 
+class CompileError(PegradError, RuntimeError):
+    """`pegrad.compile` cannot make a graph of a call, or the graph does not give what the call gives; it says why."""
+
+
 class MissingExtraError(PegradError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

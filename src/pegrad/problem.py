@@ -30,6 +30,11 @@ class Problem:
         return self.batch[0].shape[0]
 
     @property
+    def examples(self) -> int | Tensor:
+        """Number of rows that are no padding; with a mask, a float64 scalar."""
+        return self.batch_size if self.mask is None else self.mask.sum(dtype=torch.float64)
+
+    @property
     def sum_rows(self) -> int:
         """How many rows will be summed in all, of which these may be some: it decides the dtype of the sum."""
         return self.whole or self.batch_size

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad._validate import check_size
+from pegrad.assumptions import decided
 from pegrad.call import Call
 from pegrad.clipping import Grouping, Unclipped
 from pegrad.errors import ArgumentError, LeafError
-from pegrad.numerics import accumulator, squared_norms
+from pegrad.numerics import accumulator, squared_norms, zero_rows
 from pegrad.per_example import Loss
 from pegrad.problem import Leaves, Problem
 from pegrad.reductions import moments, products
@@ -174,12 +175,13 @@ def gradient_moments(
         call = _call_of_some(loss, params, batch, mask, least=1)
         leaves = len(call.problem.params)
 
-        def scatter(chunk: Problem, examples: int) -> Scatter:
+        def scatter(chunk: Problem) -> Scatter:
             found = _ask(chosen, chunk, moments.Moments())
-            return Scatter(examples, found[:leaves], found[leaves:])
+            return Scatter(chunk.examples, found[:leaves], found[leaves:])
 
         found = _joined(call, microbatch_size, scatter, lambda between: [mean.square() for mean in between])
-        freedom = found.examples - 1 or float("nan")
+        freedom = torch.as_tensor(found.examples - 1)
+        freedom = torch.where(freedom == 0, torch.nan, freedom.double())
         dtypes = [accumulator(leaf.dtype) for leaf in call.problem.params]
         means = [mean.to(dtype) for mean, dtype in zip(found.means, dtypes, strict=True)]
         variances = [(square / freedom).to(dtype) for square, dtype in zip(found.scatters, dtypes, strict=True)]
@@ -219,12 +221,12 @@ def gradient_noise_scale(
         call = _call_of_some(loss, params, batch, mask, least=2)
         grouping = Grouping.flat(len(call.problem.params), Unclipped())
 
-        def scatter(chunk: Problem, examples: int) -> Scatter:
+        def scatter(chunk: Problem) -> Scatter:
             with attributed(chosen, chunk):
                 sums, squares, _ = ByPath(chosen).clipped_sum(chunk, grouping)
-            means = [total / examples for total in sums]
-            squares = squares if chunk.mask is None else squares[chunk.mask]
-            return Scatter(examples, means, [(squares.sum() - examples * _square(means)).clamp(min=0)])
+            means = [total / chunk.examples for total in sums]
+            squares = squares if chunk.mask is None else zero_rows(squares, ~chunk.mask)
+            return Scatter(chunk.examples, means, [(squares.sum() - chunk.examples * _square(means)).clamp(min=0)])
 
         found = _joined(call, microbatch_size, scatter, lambda between: [_square(between)])
         trace = found.scatters[0] / (found.examples - 1)
@@ -270,15 +272,14 @@ def _blocks(rows: list[list[Tensor]]) -> Tensor:
 def _joined(
     call: Call,
     size: int | None,
-    scatter: Callable[[Problem, int], Scatter],
+    scatter: Callable[[Problem], Scatter],
     squares: Callable[[Leaves], Leaves],
 ) -> Scatter:
     """Join the scatters of a call's micro-batches, leaving out those that are all padding."""
     found: Scatter | None = None
     for chunk in call.chunks(size):
-        examples = chunk.batch_size if chunk.mask is None else int(chunk.mask.sum())
-        if examples:
-            part = scatter(chunk, examples)
+        if chunk.mask is None or decided(chunk.mask.any()):
+            part = scatter(chunk)
             found = part if found is None else found.joined(part, squares)
     call.check()
     assert found is not None, "there is an example"
@@ -324,6 +325,7 @@ def _check_alike(batch: PyTree, other: PyTree) -> None:
 
 def _call_of_some(loss: Loss, params: PyTree, batch: PyTree, mask: Tensor | None, least: int) -> Call:
     call = Call.of(loss, params, batch, mask)
-    if call.examples < least:
-        raise ArgumentError(f"Expected a batch of at least {least} examples, got {call.examples}")
+    examples = call.size if call.problem.mask is None else call.problem.examples
+    if examples < least if isinstance(examples, int) else decided(examples < least):
+        raise ArgumentError(f"Expected a batch of at least {least} examples, got {int(examples)}")
     return call

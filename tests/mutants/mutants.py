@@ -1467,8 +1467,8 @@ MUTANTS = [
     ),
     Mutant(
         "chacha.py",
-        "words[stream], place",
-        "words[0], place",
+        "words.index_select(0, stream)",
+        "words[0]",
         "test_chacha.py -k many_streams",
         "leaves that are drawn together have one key",
     ),

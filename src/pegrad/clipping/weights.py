@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pegrad.assumptions import decided
 from pegrad.errors import ArgumentError
 from pegrad.numerics import contract
 from pegrad.tracing.batched import transformed
@@ -105,7 +106,7 @@ class Weights:
             values = torch.where(values > most * _ROUNDING, most, values)
         allowed = torch.isfinite(squares) & (values >= 0)
         values = values.masked_fill(~(allowed if mask is None else allowed & mask), 0)
-        finite = not transformed() and bool(torch.isfinite(squares).all())
+        finite = not transformed() and decided(torch.isfinite(squares).all())
         return cls(values, None if finite else values == 0, weighting.bound)
 
     def __getitem__(self, rows: slice | Tensor) -> "Weights":

@@ -7,6 +7,7 @@ import torch
 from pegrad import trees
 from pegrad.numerics import accumulator
 from pegrad.optim.base import GradientTransformation, apply_updates
+from pegrad.optim.numbers import at
 from pegrad.optim.schedules import Schedule, expect
 from pegrad.trees import PyTree
 
@@ -44,20 +45,24 @@ def average_iterates(decay: float | Schedule) -> GradientTransformation:
         through scale", Section 3, for DP-SGD.
     """
     if not callable(decay):
-        _check(decay)
+        _checked(decay)
 
     def init(params: PyTree) -> AverageState:
         return AverageState(0, trees.map(lambda param: param.detach().to(accumulator(param.dtype), copy=True), params))
 
     def update(grads: PyTree, state: AverageState, params: PyTree) -> tuple[PyTree, AverageState]:
-        weight = decay(state.steps) if callable(decay) else decay
-        _check(weight)
-        moved = apply_updates(params, grads)
-        average = trees.map(lambda past, new: past.lerp(new.to(past.dtype), 1 - weight), state.average, moved)
+        new_weight = at(state.steps, lambda n: 1 - _checked(decay(n))) if callable(decay) else 1 - decay
+
+        def moved(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            weight = new_weight.to(past) if isinstance(new_weight, torch.Tensor) else new_weight
+            return past.lerp(new.to(past.dtype), weight)
+
+        average = trees.map(moved, state.average, apply_updates(params, grads))
         return grads, AverageState(state.steps + 1, average)
 
     return GradientTransformation(init, update)
 
 
-def _check(decay: float) -> None:
+def _checked(decay: float) -> float:
     expect(0 <= decay < 1, "decay", decay, "a number in [0, 1)")
+    return decay

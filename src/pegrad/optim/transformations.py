@@ -9,6 +9,7 @@ import torch
 from pegrad import trees
 from pegrad.numerics import squared_norms
 from pegrad.optim.base import GradientTransformation, State, chain
+from pegrad.optim.numbers import at
 from pegrad.optim.partition import Labels, masked
 from pegrad.optim.schedules import Schedule, checked_rate, constant, expect
 from pegrad.trees import PyTree
@@ -145,7 +146,9 @@ def add_decayed_weights(weight_decay: float | Schedule, mask: Labels | None = No
         LeafError: on a call, the mask does not fit the parameters.
     """
     if callable(weight_decay):
-        decay = _by_step(lambda step, grads, params: _decayed(grads, params, weight_decay(step)))
+        decay = _by_step(
+            lambda step, grads, params: _decayed(grads, params, at(step, lambda n: _checked_decay(weight_decay(n))))
+        )
     elif _checked_decay(weight_decay) == 0:
         return chain()
     else:
@@ -156,7 +159,6 @@ def add_decayed_weights(weight_decay: float | Schedule, mask: Labels | None = No
 
 
 def _decayed(grads: PyTree, params: PyTree, weight_decay: float) -> PyTree:
-    _checked_decay(weight_decay)
     return trees.map(lambda grad, param: grad + weight_decay * param, grads, params)
 
 
@@ -192,7 +194,7 @@ def clip_by_global_norm(max_norm: float | Schedule) -> GradientTransformation:
         checked(max_norm)
 
     def clip(step: int, grads: PyTree, params: PyTree) -> PyTree:
-        bound = checked(max_norm(step) if callable(max_norm) else max_norm)
+        bound = at(step, lambda n: checked(max_norm(n))) if callable(max_norm) else max_norm
         norm = torch.stack([squared_norms(leaf[None]).squeeze(0) for leaf in trees.leaves(grads)]).sum().sqrt()
         factor = bound / norm.clamp(min=bound)  # exactly 1 for what is not clipped
         return trees.map(lambda grad: grad * factor.to(grad.dtype), grads)
@@ -260,8 +262,8 @@ def scale_by_adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> G
         steps = state.steps + 1
         mean = trees.map(lambda grad, past: (b1 * past).add_(grad, alpha=1 - b1), grads, state.mean)
         square = trees.map(lambda grad, past: (b2 * past).addcmul_(grad, grad, value=1 - b2), grads, state.square)
-        mean_weight = 1 - b1**steps
-        root_weight = math.sqrt(1 - b2**steps)
+        mean_weight = at(steps, lambda n: 1 - b1**n)
+        root_weight = at(steps, lambda n: math.sqrt(1 - b2**n))
 
         def scale(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
             return (mean / mean_weight).div_((square.sqrt() / root_weight).add_(eps))
@@ -286,7 +288,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransform
     schedule = learning_rate if callable(learning_rate) else constant(learning_rate)
 
     def scale(step: int, grads: PyTree, params: PyTree) -> PyTree:
-        rate = checked_rate(schedule(step))
+        rate = at(step, lambda n: checked_rate(schedule(n)))
         return trees.map(lambda grad: -rate * grad, grads)
 
     return _by_step(scale)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pegrad.numerics import zero_rows
 from pegrad.plan.plan import Choose
 from pegrad.problem import Leaves, Problem
 from pegrad.reductions.base import Reduction
@@ -46,16 +47,15 @@ class _Moments(ByLeaf):
 
 
 def _moments(rows: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    rows = rows if problem.mask is None else rows[problem.mask]
-    dtype = problem.sum_dtype(rows)
-    mean = rows.sum(0, dtype=dtype) / len(rows)
-    return mean, (rows - mean).square().sum(0, dtype=dtype)
+    dtype, padding = problem.sum_dtype(rows), None if problem.mask is None else ~problem.mask
+    mean = zero_rows(rows, padding).sum(0, dtype=dtype) / problem.examples
+    return mean, zero_rows(rows - mean, padding).square().sum(0, dtype=dtype)
 
 
 class Scatter(NamedTuple):
     """How the gradients of some examples lie about their mean."""
 
-    examples: int
+    examples: int | Tensor
     """How many, at least 1."""
     means: Leaves
     scatters: Leaves

@@ -8,6 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from pegrad.assumptions import decided
 from pegrad.clipping import Weights
 from pegrad.numerics import BLOCK, norm_bounds, squared_norms, take_rows, zero_rows
 from pegrad.plan.candidates import Candidate
@@ -38,7 +39,7 @@ class NativeSum:
 
     source: Tensor
     errors: Sequence[Tensor]
-    gain: float = 1.0
+    gain: float | Tensor = 1.0
     apart: Tensor | None = None
     made: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     """`(leaf, indices of the rows apart, their gradients at the leaf)`"""
@@ -57,15 +58,14 @@ class NativeSum:
         if self.apart is not None:
             alone &= ~self.apart
         out = _either(weights.bad, self.apart)
-        chosen = alone.nonzero().squeeze(1)
-        if len(chosen):
-            out = _either(out, alone)
+        chosen = alone if decided(alone.any()) else None
+        out = _either(out, chosen)
         total = self._products(parts, replace(weights, bad=out), dtype)
         if total is None:  # so large that it is made in float64 from beginning to end
-            chosen = (torch.ones_like(alone) if self.apart is None else ~self.apart).nonzero().squeeze(1)
+            chosen = torch.ones_like(alone) if self.apart is None else ~self.apart
             total = torch.zeros(self.source.shape, dtype=torch.float64, device=alone.device)
-        if len(chosen):
-            total = (total.double() + self._exact_sum(parts, weights, chosen)).to(dtype)
+        if chosen is not None:
+            total = (total.double() + self._exact_sum(parts, weights, chosen.nonzero().squeeze(1))).to(dtype)
         result = [(self.source, total)]
         for leaf, rows, grads in self.made:
             result.append((leaf, weights[rows].contract(grads, dtype)))
@@ -86,20 +86,20 @@ class NativeSum:
         step = min(batch, site.rows_at_a_time(positions), _ROWS)
         native = site.summing(*part.shapes)
         assert native is not None
-        bound = weights.bound / self.gain if self.gain else float("inf")
+        bound = weights.bound / self.gain
         mistrusted = partial(rounding.mistrusted_sum, terms=step * positions, dtype=part.g.dtype, bound=bound)
         # No row of a leaf's only use is longer than the bound, and few rows cannot come to much: no need to look.
         sole = len(self.errors) == 1 and self.apart is None
-        looks = not sole or mistrusted([step * bound] * -(-batch // step))
+        looks = not sole or mistrusted([step * weights.bound] * -(-batch // step))
         total: Tensor | None = None
-        largest: list[float] = []
+        largest: list[Tensor] = []
         for start in range(0, batch, step):  # a weighted copy of a few rows, not of all
             some, of = part.rows(start, start + step, batch), weights[start : start + step]
             summed = native.run(*site.weigh(zero_rows(some.x, of.bad), zero_rows(some.g, of.bad), of.values))
             if looks:
                 largest.append(_largest(summed))
             total = summed.to(dtype) if total is None else total.add_(summed)
-        return None if looks and mistrusted(largest) else total
+        return None if looks and decided(mistrusted(torch.stack(largest).double())) else total
 
     def _exact_sum(self, parts: Sequence[Part], weights: Weights, rows: Tensor) -> Tensor:
         total = torch.zeros(self.source.shape, dtype=torch.float64, device=rows.device)
@@ -190,7 +190,7 @@ def guarded_norms(choice: Candidate, parts: Sequence[Part], batch: int, floor: f
             squares = _square_of_sum([part[0] for part in found], parts)
             errors = len(parts) * torch.stack([part[1] for part in found]).sum(0)  # by Cauchy and Schwarz
     mistrusted = rounding.mistrusted_norms(squares, errors, floor, positions)
-    if bool(mistrusted.any()):
+    if decided(mistrusted.any()):
         dtype = parts[0].g.dtype
         for rows, grads in exact_rows(parts, mistrusted.nonzero().squeeze(1), batch):
             exact = squared_norms(grads)
@@ -252,9 +252,9 @@ def _wide_rows(part: Part, rows: Tensor, batch: int) -> Part:
     return part._replace(x=x, g=g)
 
 
-def _largest(t: Tensor) -> float:
+def _largest(t: Tensor) -> Tensor:
     least, greatest = torch.aminmax(t)
-    return max(-float(least), float(greatest))
+    return torch.maximum(-least, greatest)
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pegrad.assumptions import decided, unrecorded
 from pegrad.clipping import Grouping, Unclipped, Weights
 from pegrad.numerics import accumulator, squared_norms
 from pegrad.plan.candidates import Candidate, stack_kernel
@@ -131,13 +132,13 @@ class Norms(Grouped):
         squares, sources = torch.cat(at_leaves), torch.cat(at_source)
         gains = squares / sources
         typical, noise = self._way_to_leaves(site.source)
-        gain = float(torch.cat([gains[torch.isfinite(gains)], typical]).max().sqrt())
+        gain = torch.cat([gains.masked_fill(~torch.isfinite(gains), 0), typical]).max().sqrt()
         errors = Magnitudes(site, x, g).share_errors() * gain + noise * sources.sqrt()
         floor = self.grouping.weightings[together].floor
         norms = squares.sqrt().clamp(min=floor)
         apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, part.positions) if floor else errors < 0
         native = NativeSum(site.source, [errors], gain, apart)
-        for row in apart.nonzero().squeeze(1).tolist():
+        for row in apart.nonzero().squeeze(1).tolist() if decided(apart.any()) else ():
             alone = part.rows(row, row + 1, self.batch)
             pulled = pull_rows(self.trace, site.source, kernel.run(alone.x, alone.g))
             squares[row] = squares_of(pulled)[0]
@@ -147,7 +148,7 @@ class Norms(Grouped):
             )
         self._enter_native(group, native, [part], together, squares)
 
-    def _way_to_leaves(self, source: Tensor) -> tuple[Tensor, float]:
+    def _way_to_leaves(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Try how gradients come from a source to the leaves.
 
         Returns:
@@ -155,12 +156,13 @@ class Norms(Grouped):
             the way may be, known by that they do not add up. Where nearly all of a gradient cancels, that is all there
             is of it at the leaves.
         """
-        generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(_PROBES, *source.shape, generator=generator).to(source)
+        with unrecorded():
+            generator = torch.Generator().manual_seed(0)
+            probes = torch.randn(_PROBES, *source.shape, generator=generator).to(source)
         probes = probes / probes.flatten(1).norm(dim=1).reshape(-1, *[1] * source.dim())
         pulled = pull_rows(self.trace, source, torch.cat([probes, probes.sum(0, keepdim=True)]))
         apart = {leaf: rows[:-1].sum(0, keepdim=True) - rows[-1:] for leaf, rows in pulled.items()}
-        noise = _NOISE * float(squares_of(apart).sqrt())
+        noise = _NOISE * squares_of(apart).sqrt()
         return squares_of({leaf: rows[:-1] for leaf, rows in pulled.items()}), noise
 
     def _enter_native(self, group: Group, native: NativeSum, parts: list[Part], together: int, squares: Tensor) -> None:

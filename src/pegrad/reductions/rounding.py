@@ -5,6 +5,9 @@ The model is that of `docs/rounding.md`: the errors of single operations are ind
 PyTorch's kernels were measured to do on data made to be unkind to them.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,14 +53,18 @@ def hopeless(norms: Tensor, errors: Tensor, floor: float) -> Tensor:
     return ~(errors <= _HOPELESS * norms.clamp(min=floor))
 
 
-def mistrusted_sum(parts: list[float], terms: int, dtype: torch.dtype, bound: float) -> bool:
+def mistrusted_sum(parts: Sequence[float] | Tensor, terms: int, dtype: torch.dtype, bound: float | Tensor) -> Any:
     """Tell whether a sum, added up in parts, is so large somewhere that its last places matter.
 
     Args:
-        parts: the largest number, by magnitude, of each part.
+        parts: the largest number, by magnitude, of each part: numbers, or a tensor `(parts,)`.
         terms: how many terms were added for each number of a part.
         dtype: in which they were.
         bound: what one example may move the sum by.
+
+    Returns:
+        A boolean; of tensors, a boolean scalar.
     """
     error = 0.3 * unit_roundoff(dtype) * terms**0.5 * sum(part**2 for part in parts) ** 0.5
-    return not error <= TOLERANCE * bound
+    trusted = error <= TOLERANCE * bound
+    return ~trusted if isinstance(trusted, Tensor) else not trusted

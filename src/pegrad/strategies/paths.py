@@ -14,8 +14,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from pegrad.assumptions import current
 from pegrad.clipping import Grouping
-from pegrad.errors import LossError
+from pegrad.errors import CompileError, LossError
 from pegrad.numerics import arithmetic
 from pegrad.problem import FlatLoss, Leaves, Problem, Values
 from pegrad.reductions.base import Reduction
@@ -166,6 +167,12 @@ def by_path(problem: Problem, run: Callable[[Problem], T], most: int | None = No
         try:
             answer = part.run(run, start, idle if part is not whole else None)
         except Split as split:
+            if current() is not None:
+                raise CompileError(
+                    f"The loss asks a tensor for its value ({split.question}), and the examples that it is recorded "
+                    "with give different answers: compile it for a batch whose examples give one, or write it with "
+                    "torch.where"
+                ) from None
             waiting += reversed(part.split(split, start))
             if most is not None and len(found) + len(waiting) > most:
                 raise TooManyPathsError(len(found) + len(waiting), split.question) from None

@@ -6,12 +6,15 @@ Where the rows agree, that is the answer; where they do not, the examples take d
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from pegrad import trees
+from pegrad.assumptions import current, unrecorded
+from pegrad.errors import CompileError
 from pegrad.tracing.batched import batch_first, is_batched
 
 QUESTIONS: frozenset[Callable[..., Any]] = frozenset({
@@ -21,6 +24,10 @@ QUESTIONS: frozenset[Callable[..., Any]] = frozenset({
 })  # fmt: skip
 """Functions of tensors whose value is none."""
 
+
+_TRUTHS = {Tensor.__bool__, Tensor.is_nonzero, torch.is_nonzero}
+_SINGLE = {*_TRUTHS, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item}
+"""Questions to a tensor of one number."""
 
 INDEXED: frozenset[Callable[..., Any]] = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 """Functions whose second argument is an index, which may ask for the ends of a slice."""
@@ -51,8 +58,7 @@ class Inquiry:
     """
 
     def __init__(self, mask: Tensor | None, size: int) -> None:
-        rows = list(range(size)) if mask is None else mask.nonzero().flatten().tolist()
-        self._rows: list[int] = rows or [0]  # in a batch of padding, any row's path is as good as another's
+        self._mask, self._size = mask, size
         self._split: Split | None = None
 
     def ask(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -66,25 +72,42 @@ class Inquiry:
         Raises:
             Split: the rows do not agree.
         """
-        physical: dict[int, Tensor] = {}
+        name = getattr(function, "__name__", str(function))
+        with torch._C.DisableTorchFunction(), unrecorded():
+            physical = {
+                id(argument): batch_first(argument).cpu()
+                for argument in trees.leaves((args, kwargs))
+                if isinstance(argument, Tensor) and is_batched(argument)
+            }
 
-        def note(argument: Any) -> None:
-            if isinstance(argument, Tensor) and is_batched(argument):
-                physical[id(argument)] = batch_first(argument).cpu()
+            def answer(row: int) -> Any:
+                def pick(argument: Any) -> Any:
+                    return physical[id(argument)][row] if id(argument) in physical else _on_cpu(argument)
 
-        for argument in trees.leaves((args, kwargs)):
-            note(argument)
+                return function(*trees.map(pick, tuple(args)), **trees.map(pick, kwargs))
 
-        def answer(row: int) -> Any:
-            def pick(argument: Any) -> Any:
-                return physical[id(argument)][row] if id(argument) in physical else _on_cpu(argument)
-
-            return function(*trees.map(pick, tuple(args)), **trees.map(pick, kwargs))
-
-        with torch._C.DisableTorchFunction():
-            answers = [answer(row) for row in self._rows]
-        self.agree(answers, getattr(function, "__name__", str(function)))
+            answers = [answer(row) for row in self.rows]
+        self.agree(answers, name)
+        if (assumptions := current()) is not None:
+            assumptions.suppose(self._same_answer(function, args, kwargs, answers[0], name))
         return answers[0]
+
+    def _same_answer(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], answer: Any, name: str
+    ) -> Tensor:
+        """Compute, for the graph, whether all rows that count give an answer."""
+        if function not in _SINGLE or len(args) != 1 or kwargs:
+            raise CompileError(
+                f"The loss asks a tensor for its values ({name}), so what it computes cannot be recorded for other "
+                "examples: write it with torch.where, or leave it to eager PyTorch"
+            )
+        with torch._C.DisableTorchFunction():
+            values = batch_first(args[0]).detach().reshape(self._size)
+            if function in _TRUTHS:
+                same = (values != 0) == answer
+            else:
+                same = (values.to(torch.int64) if function is Tensor.__int__ else values) == answer
+            return (same if self._mask is None else same | ~self._mask).all()
 
     def index(self, index: Any) -> Any:
         """Ask for the ends of the slices in an index: `x[:n]` needs one number `n`."""
@@ -106,15 +129,19 @@ class Inquiry:
             Split: they are not.
         """
         groups: dict[Any, list[int]] = {}
-        for row, answer in zip(self._rows, answers, strict=True):
+        for row, answer in zip(self.rows, answers, strict=True):
             groups.setdefault(_key(answer), []).append(row)
         if len(groups) > 1:
             self.split(list(groups.values()), question)
 
-    @property
+    @cached_property
     def rows(self) -> list[int]:
         """The rows that are asked."""
-        return self._rows
+        if self._mask is None:
+            return list(range(self._size))
+        with unrecorded():
+            rows = self._mask.nonzero().flatten().tolist()
+        return rows or [0]  # in a batch of padding, any row's path is as good as another's
 
     def split(self, groups: list[list[int]], question: str) -> NoReturn:
         """Send the examples different ways."""

@@ -1,0 +1,189 @@
+"""A call as a graph: every operation that it runs, plain ones of PyTorch's, from tensors to tensors.
+
+What runs is noted below autograd and `vmap`, where there are only tensors in memory and operations on them: forward
+pass, backward pass and our own arithmetic alike. Tensors that the call did not make of its arguments (a mask that the
+loss closes over, frozen weights) become inputs of the graph as well, the very tensors.
+"""
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pegrad.assumptions import Assumptions, assuming
+from pegrad.compiling.pieces import Pieces
+from pegrad.errors import CompileError, PegradError
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A recorded call."""
+
+    graph: GraphModule
+    """From the tensors of the call's inputs, and `captured`, to those of its value, and last a boolean scalar: whether
+    what was assumed of the inputs holds."""
+    captured: list[Tensor]
+    """What the call used beside its inputs."""
+    value: Pieces
+    """All of the value but the tensors."""
+
+    @property
+    def operations(self) -> int:
+        """How many there are in the graph."""
+        return sum(node.op == "call_function" for node in self.graph.graph.nodes)
+
+
+def record(function: Callable[[Any], Any], inputs: Any) -> Recording:
+    """Call a function, and note every operation.
+
+    Args:
+        function: a pure function from a pytree to a pytree.
+        inputs: its argument. What is no tensor among the leaves is taken as it is.
+
+    Raises:
+        CompileError: what the function does depends on numbers in a way that no graph can follow.
+        PegradError: as the function.
+    """
+    import torch._dynamo  # or a backward pass imports it halfway, and `eager` starts the call anew
+
+    structure, tensors = Pieces.of(inputs)
+    plain = [t.detach().as_subclass(Tensor) for t in tensors]
+    assumptions = Assumptions()
+    recorder = _Recorder(plain, assumptions)
+    try:
+        with torch.no_grad(), assuming(assumptions), recorder:
+            value, outputs = Pieces.of(function(structure.filled(plain)))
+            held = assumptions.held(plain[0].device)
+    except PegradError:
+        raise
+    except Exception as error:
+        raise recorder.refused or CompileError(
+            f"The call cannot be recorded: it ended with a {type(error).__name__} (above)"
+        ) from error
+    if recorder.refused:  # and swallowed by the loss
+        raise recorder.refused
+    return Recording(recorder.finished([*outputs, held]), recorder.captured, value)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes operations.
+
+    Args:
+        inputs: the first inputs of the graph.
+        assumptions: says when to pause.
+
+    Attributes:
+        captured: the other inputs.
+        refused: why the call cannot be recorded, if it cannot.
+    """
+
+    def __init__(self, inputs: list[Tensor], assumptions: Assumptions) -> None:
+        super().__init__()
+        self.captured: list[Tensor] = []
+        self.refused: CompileError | None = None
+        self._versions: list[int] = []
+        self._assumptions = assumptions
+        self._graph = Graph()
+        self._nodes: MutableMapping[Tensor, Node] = WeakTensorKeyDictionary()
+        for index, tensor in enumerate(inputs):
+            self._nodes[tensor] = self._last = self._graph.placeholder(f"input_{index}")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by PyTorch in place of every operation."""
+        kwargs = kwargs or {}
+        if self._assumptions.paused:
+            return func(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        nodes = [self._nodes.get(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        if any(nodes):
+            if torch.Tag.data_dependent_output in func.tags:
+                self._refuse(f"numbers are asked for (if, float(), .item(), torch.equal: {func})")
+            if torch.Tag.dynamic_output_shape in func.tags or _masked(func, args):
+                self._refuse(f"the shape of what {func} returns depends on numbers")
+        elif torch.Tag.data_dependent_output in func.tags:
+            return func(*args, **kwargs)
+        if any(isinstance(leaf, torch.Generator) for leaf in leaves):
+            self._refuse(f"{func} draws from a generator of its own")
+        if func is _ATEN.lift_fresh.default:  # a new tensor of numbers that Python knows
+            result = func(*args)
+            self._nodes[result] = self._graph.call_function(_ATEN.clone.default, (self._enter(result.clone()),))
+            return result
+        given = [
+            (node or self._enter(leaf)) if isinstance(leaf, Tensor) else leaf
+            for leaf, node in zip(leaves, nodes, strict=True)
+        ]
+        result = func(*args, **kwargs)
+        if func in _VIEWS and _same(result, args[0]):
+            self._nodes[result] = given[0]
+        else:
+            self._note(result, self._graph.call_function(func, *tree_unflatten(given, spec)))
+        return result
+
+    def finished(self, outputs: list[Tensor]) -> GraphModule:
+        """Return the graph.
+
+        Raises:
+            CompileError: the call has written to a tensor that it did not make.
+        """
+        self._graph.output([self._nodes.get(t) or self._enter(t) for t in outputs])
+        if self._versions != [tensor._version for tensor in self.captured]:
+            raise CompileError(
+                "The call cannot be recorded: it changes a tensor in place that is none of its arguments, so it is not "
+                "a pure function"
+            )
+        self._graph.eliminate_dead_code()
+        return GraphModule(torch.nn.Module(), self._graph)
+
+    def _note(self, result: Any, node: Node) -> None:
+        """Note what an operation returned; if that is one of its arguments, it is noted already."""
+        if isinstance(result, Tensor):
+            self._nodes.setdefault(result, node)
+        elif isinstance(result, tuple | list):
+            for index, one in enumerate(result):
+                if isinstance(one, Tensor):
+                    self._nodes.setdefault(one, self._graph.call_function(getitem, (node, index)))
+
+    def _enter(self, tensor: Tensor) -> Node:
+        """Make a tensor an input of the graph."""
+        with self._graph.inserting_after(self._last):
+            self._last = self._graph.placeholder(f"captured_{len(self.captured)}")
+        self.captured.append(tensor.detach())
+        self._versions.append(tensor._version)
+        self._nodes[tensor] = self._last
+        return self._last
+
+    def _refuse(self, why: str) -> NoReturn:
+        self.refused = self.refused or CompileError(
+            f"The call cannot be recorded for other numbers than those of the example: {why}. Write it with "
+            "torch.where, or leave it to eager PyTorch"
+        )
+        raise self.refused
+
+
+def _same(view: Tensor, of: Tensor) -> bool:
+    """Tell whether a view is all of a tensor, as it lies in memory."""
+    return (
+        view.shape == of.shape and view.stride() == of.stride() and view.storage_offset() == of.storage_offset()
+    )
+
+
+_ATEN = torch.ops.aten
+_VIEWS = {
+    *(_ATEN.detach.default, _ATEN.alias.default, _ATEN.view.default, _ATEN._unsafe_view.default),
+    *(_ATEN.slice.Tensor, _ATEN.expand.default, _ATEN.permute.default, _ATEN.transpose.int),
+}
+
+
+def _masked(func: Any, args: Any) -> bool:
+    """Tell whether a tensor is indexed by a mask."""
+    return func is _ATEN.index.Tensor and any(i is not None and i.dtype in _MASKS for i in args[1])
+
+
+_MASKS = (torch.bool, torch.uint8)

@@ -1,0 +1,168 @@
+"""A private step as a graph: clip, noise and update. What Python knows better is worked out around it, at every call.
+
+Outside of the graph are the keys of the noise (one for each leaf, derived anew for every step), the seed of the loss's
+own random numbers, the step's number and what optimizers make of it, the sensitivity and the ledger. All of them come
+in as tensors or are put to what comes out, so no graph ever holds a key or the number of a step.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pegrad import random
+from pegrad.accumulation import Added
+from pegrad.compiling.pieces import Pieces
+from pegrad.compiling.programs import Call, Trial
+from pegrad.compiling.update import Numbers, counting, given, with_counts, without_counts
+from pegrad.dp_sgd import DPSGD, Metrics, State, Step
+from pegrad.errors import CompileError
+from pegrad.per_example import ClippedGrad
+from pegrad.trees import PyTree
+
+
+class _Inputs(NamedTuple):
+    """What the graph is a function of."""
+
+    params: PyTree
+    optimizer: PyTree  # its state, without integers; None: the update is made outside
+    numbers: list[Tensor]  # that the optimizer makes of those
+    batch: PyTree
+    mask: Tensor | None
+    keys: Tensor  # (leaves, 32), of the noise
+    sensitivity: Tensor  # float64 scalar
+
+
+class _Value(NamedTuple):
+    """What the graph returns."""
+
+    params: PyTree  # or the noisy gradients, where the update is made outside
+    optimizer: PyTree
+    metrics: Metrics
+
+
+class StepProgram:
+    """A private step.
+
+    Args:
+        step: the step.
+
+    Raises:
+        CompileError: its clipping is adaptive.
+    """
+
+    def __init__(self, step: DPSGD) -> None:
+        if step.adaptive is not None:
+            raise CompileError(
+                "A step with adaptive clipping has new bounds at every step, and a graph has them for good: compile a "
+                "step with a clip norm that stays"
+            )
+        self.step = step
+        self._numbers: dict[Any, Numbers | None] = {}
+
+    def eagerly(self, call: Call) -> Step:
+        """See `Program.eagerly`."""
+        return self.step(*call.args, **call.kwargs)
+
+    def inputs(self, call: Call) -> _Inputs:
+        """See `Program.inputs`."""
+        params, state, batch, mask = _arguments(*call.args, **call.kwargs)
+        optimizer, counts = without_counts(state.optimizer)
+        kind = Pieces.of((params, optimizer))[0]
+        if kind not in self._numbers:
+            self._numbers[kind] = Numbers.of(self.step, params, state)
+        numbers = self._numbers[kind]
+        keys = random.leaf_keys(random.fold_in(state.key, state.step), params)
+        sensitivity = torch.tensor(self.step.clipped_grad.sensitivity, dtype=torch.float64)
+        if numbers is None:
+            return _Inputs(params, None, [], batch, mask, keys, sensitivity)
+        return _Inputs(params, optimizer, numbers.now(counts), batch, mask, keys, sensitivity)
+
+    def graph(self, inputs: _Inputs) -> _Value:
+        """See `Program.graph`."""
+        none = State(random.key(0), 0, None)
+        among = _InGraph(inputs.keys, inputs.sensitivity)
+        released = self.step.release_among(among, inputs.params, none, [(0, (inputs.batch, inputs.mask))])
+        if inputs.optimizer is None:
+            return _Value(released.grads, None, released.metrics)
+        state = none._replace(optimizer=counting(inputs.optimizer, given(inputs.numbers)))
+        params, state = self.step.updated(inputs.params, [released.grads], state)
+        return _Value(params, state.optimizer, released.metrics)
+
+    def result(self, call: Call, value: _Value) -> Step:
+        """See `Program.result`."""
+        params, state, _, _ = _arguments(*call.args, **call.kwargs)
+        after = self.step.after(state)
+        if value.optimizer is None:
+            return Step(*self.step.updated(params, [value.params], after), value.metrics)
+        optimizer = with_counts(value.optimizer, without_counts(state.optimizer)[1])
+        return Step(value.params, after._replace(optimizer=optimizer), value.metrics)
+
+    def surroundings(self, call: Call) -> AbstractContextManager[Any]:
+        """See `Program.surroundings`."""
+        params, state, batch, _ = _arguments(*call.args, **call.kwargs)
+        return random.torch_generators(self.step.loss_key(state, 0), (params, batch))
+
+    def compared(self, result: Step) -> tuple[Any, ...]:
+        """See `Program.compared`."""
+        metrics = result.metrics
+        return result.params, result.state.optimizer, metrics.losses, metrics.norms, metrics.aux, metrics.non_finite
+
+    def start(self, inputs: _Inputs) -> tuple[Any, ...]:
+        """See `Program.start`: new parameters differ from the old ones by little."""
+        return inputs.params, None, None, None, None, None
+
+    def trials(self, call: Call) -> Iterator[Trial]:
+        """See `Program.trials`: once without noise, behind which much could hide, and once with it."""
+        silent = replace(self.step, noise_multiplier=0.0, gradient_noise_multiplier=0.0)
+        inputs = self.inputs(call)
+        none = inputs._replace(sensitivity=torch.zeros_like(inputs.sensitivity))
+        yield Trial(none, lambda: silent(*call.args, **call.kwargs))
+        yield Trial(inputs, lambda: self.eagerly(call))
+
+
+@dataclass(frozen=True)
+class _InGraph:
+    """A process that takes its steps by itself, its noise and the scale of that given as tensors: see `Ranks`."""
+
+    keys: Tensor
+    sensitivity: Tensor
+
+    def clipped(self, clipped: ClippedGrad) -> "_Clipped":
+        return _Clipped(clipped, self.sensitivity)
+
+    def total(self, counts: Tensor) -> Tensor:
+        return counts
+
+    def each_normal(self, key: Tensor, leaves: list[Tensor]) -> Iterator[Tensor]:
+        return iter(random.each_normal_from(self.keys, leaves))
+
+
+@dataclass(frozen=True)
+class _Clipped:
+    """A clipped gradient whose sensitivity is given: see `ClippedSum`."""
+
+    clipped_grad: ClippedGrad
+    sensitivity: Tensor
+
+    @property
+    def normalize_by(self) -> float:
+        return self.clipped_grad.normalize_by
+
+    def init(self, params: PyTree) -> Any:
+        return self.clipped_grad.init(params)
+
+    def add(self, sums: Any, params: PyTree, batch: PyTree, mask: Tensor | None) -> Added:
+        return self.clipped_grad.add(sums, params, batch, mask)
+
+    def finish(self, sums: Any) -> PyTree:
+        return self.clipped_grad.finish(sums)
+
+
+def _arguments(
+    params: PyTree, state: State, batch: PyTree, mask: Tensor | None = None
+) -> tuple[PyTree, State, PyTree, Tensor | None]:
+    return params, state, batch, mask
