@@ -220,7 +220,7 @@ def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) ->
 @pytest.mark.parametrize(
     "experiment",
     [
-        *("quick", "gradcheck", "operations", "overhead"),
+        *("quick", "gradcheck", "operations", "overhead", "noise"),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("nanobatch", "mnist", "accuracy", "distributed")),
     ],
 )

@@ -10,11 +10,14 @@ import pytest
 import torch
 from scipy import stats
 
-from pegrad import random
+from pegrad import aes, chacha, random
+from pegrad.box_muller import box_muller, fill, precision_of
 from pegrad.errors import ArgumentError, LeafError
+from pegrad.random import Cipher
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+CIPHERS = pytest.mark.parametrize("cipher", Cipher)
 
 
 # What key(0) means, from a first run; the hashes and the cipher are tested by their own libraries.
@@ -22,6 +25,8 @@ KEY_0 = "36a0795582644c59"
 FOLD_0_7 = "fd077965615342bc"
 SPLIT_0_1 = "b08c57aef188b253"
 NORMAL_0 = [-0.211357, -0.102288, -1.108476, 1.788997]
+CHACHA_NORMAL64_0 = [-1.0622651656537314, 0.5221474030711307, 0.6680078366927604]
+CHACHA_UNIFORM64_0 = [0.9156857710937045, 0.6702756484063614]
 NORMAL64_0 = [-0.06441492194288838, 1.7735014658627042, 1.126606040481039]
 UNIFORM64_0 = [0.3893280277502681, 0.6471755700600537]
 PERMUTATION_0 = [2, 3, 0, 1, 4, 5]
@@ -39,7 +44,10 @@ class _FakeStream:
 
 
 def _fake(monkeypatch: pytest.MonkeyPatch, pattern: bytes) -> None:
-    monkeypatch.setattr(random, "_keystream", lambda *_: _FakeStream(pattern))
+    """Let either cipher make words of one byte pattern."""
+    word = torch.frombuffer(bytearray(pattern), dtype=torch.int32)
+    monkeypatch.setattr(aes, "keystream", lambda *_: _FakeStream(pattern))
+    monkeypatch.setattr(chacha, "keystream", lambda words, counter: word.expand(16, len(counter)))
 
 
 # Keys
@@ -56,6 +64,10 @@ def test_known_answers():
     torch.testing.assert_close(random.normal(key, (3,), dtype=torch.float64), normal64, rtol=1e-12, atol=0)
     assert random.uniform(key, (2,), dtype=torch.float64).tolist() == UNIFORM64_0
     assert random.permutation(key, 6).tolist() == PERMUTATION_0
+    by_chacha = {"dtype": torch.float64, "cipher": Cipher.CHACHA20}
+    normal64 = torch.tensor(CHACHA_NORMAL64_0, dtype=torch.float64)
+    torch.testing.assert_close(random.normal(key, (3,), **by_chacha), normal64, rtol=1e-12, atol=0)
+    assert random.uniform(key, (2,), **by_chacha).tolist() == CHACHA_UNIFORM64_0
 
 
 def test_keys_are_tensors():
@@ -146,20 +158,18 @@ def test_derived_keys_never_coincide():
 
 
 def test_purposes_use_different_streams(monkeypatch):
-    """Catches a uniform, a normal or a permutation that runs on the keystream of another, or on a child's key."""
-    original, streams = random._keystream, []
-
-    def recorded(key, purpose, *position):
-        streams.append(original(key, purpose).update(bytes(32)))
-        return original(key, purpose, *position)
-
-    monkeypatch.setattr(random, "_keystream", recorded)
+    """Catches a uniform, a normal or a permutation that runs on the keystream of another, of the other cipher's, or on
+    a child's key."""
+    derive, derived = random._derived, []
+    monkeypatch.setattr(random, "_derived", lambda *args: derived.append(derive(*args)) or derived[-1])
     key = random.key(1)
-    for each in (key, random.fold_in(key, 0), random.split(key)[0]):
-        random.uniform(each, (1,))
-        random.normal(each, (1,))
+    keys = [key, random.fold_in(key, 0), random.split(key)[0]]
+    for each in keys:
+        for cipher in Cipher:
+            random.uniform(each, (1,), cipher=cipher)
+            random.normal(each, (1,), cipher=cipher)
         random.permutation(each, 1)
-    assert len(set(streams)) == 9
+    assert len({*derived, *(bytes(each.tolist()) for each in keys)}) == 18
 
 
 def test_numbers_may_be_integer_tensors():
@@ -170,120 +180,174 @@ def test_numbers_may_be_integer_tensors():
 # Normals
 
 
+@CIPHERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_normal_follows_the_law(dtype):
+def test_normal_follows_the_law(dtype, cipher):
     """Catches a wrong scale, radius or angle, and shows that the test could: other scales are rejected."""
-    sample = random.normal(random.key(11), (200_000,), dtype=dtype).double().numpy()
+    sample = random.normal(random.key(11), (200_000,), dtype=dtype, cipher=cipher).double().numpy()
     assert stats.kstest(sample, "norm").pvalue > 0.01
     for scale in (2 / 3, 3 / 2):
         assert stats.kstest(scale * sample, "norm").pvalue < 1e-100
 
 
-def test_normal_tail():
+@CIPHERS
+def test_normal_tail(cipher):
     """Catches a radius of too few bits, of which the tail would be cut."""
-    sample = random.normal(random.key(12), (8_000_000,)).abs_()
+    sample = random.normal(random.key(12), (8_000_000,), cipher=cipher).abs_()
     for threshold in (4.0, 4.5, 5.0):
         expected = len(sample) * 2 * stats.norm.sf(threshold)
         count = int((sample > threshold).sum())
         assert 0.001 < stats.poisson.cdf(count, expected) < 0.999
 
 
+@CIPHERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_words_give_the_stated_bounds(monkeypatch, dtype):
+def test_extreme_words_give_the_stated_bounds(monkeypatch, dtype, cipher):
     """Catches fewer bits in the radius, a logarithm of 0, and a radius above 1 before the logarithm."""
     key, largest = random.key(0), math.sqrt(128 * math.log(2))
     _fake(monkeypatch, bytes(4))
-    assert random.normal(key, (1,), dtype=dtype).item() == pytest.approx(largest, rel=1e-6)
+    assert random.normal(key, (1,), dtype=dtype, cipher=cipher).item() == pytest.approx(largest, rel=1e-6)
     _fake(monkeypatch, bytes([255] * 4))
-    assert random.normal(key, (1,), dtype=dtype).item() == pytest.approx(largest, rel=1e-6)
+    assert random.normal(key, (1,), dtype=dtype, cipher=cipher).item() == pytest.approx(largest, rel=1e-6)
     for pattern in (bytes([0, 0, 0, 128]), bytes([255, 255, 255, 127])):
         _fake(monkeypatch, pattern)
-        assert random.normal(key, (5,), dtype=dtype).abs().max() < 1e-3
+        assert random.normal(key, (5,), dtype=dtype, cipher=cipher).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_both_forms_of_box_muller_agree(dtype):
+    """Catches: a law that differs between the ciphers, one of which fills memory in place."""
+    precision = precision_of(dtype)
+    words = torch.randint(-(2**63), 2**63 - 1, (2, 501), generator=torch.Generator().manual_seed(0))
+    radius, angle = words[0], words[1].to(precision.word)
+    for numel in (1002, 1001):
+        out = torch.empty(numel, dtype=precision.compute)
+        fill(out, radius, angle, precision)
+        assert torch.equal(out, torch.cat(box_muller(radius, angle, precision))[:numel])
 
 
 def test_no_value_is_shared():
-    """Catches noise that two leaves, steps, keys or blocks of one stream have in common."""
+    """Catches noise that two leaves, steps, keys, ciphers or blocks of one stream have in common."""
     keys = [random.key(0), random.key(1), *random.split(random.key(0))]
     steps = [random.fold_in(key, step) for key in keys for step in range(3)]
     tree = {"a": torch.zeros(2000, dtype=torch.float64), "b": [torch.zeros(2, 1000, dtype=torch.float64)] * 2}
-    noise = [random.tree_normal(key, tree) for key in steps]
+    noise = [random.tree_normal(key, tree, cipher=cipher) for key in steps for cipher in Cipher]
     values = [leaf.flatten() for each in noise for leaf in (each["a"], *each["b"])]
-    values.append(random.normal(random.key(2), (3 * random._BLOCK,), dtype=torch.float64))
+    for cipher in Cipher:
+        values.append(random.normal(random.key(2), (3 * aes._BLOCK,), dtype=torch.float64, cipher=cipher))
     together = torch.cat(values)
     assert len(together.unique()) == len(together)
 
 
-def test_normals_are_uncorrelated():
+@CIPHERS
+def test_normals_are_uncorrelated(cipher):
     """Catches a word used twice, and a cosine and sine of different angles or one radius in place of two."""
     n = 200_000
-    sample = random.normal(random.key(13), (n,), dtype=torch.float64)
+    sample = random.normal(random.key(13), (n,), dtype=torch.float64, cipher=cipher)
     for values in (sample, sample.square() - 1):
         unit = values / values.norm()
-        for lag in (1, 2, 3, 4, 8, 16, 1000, n // 2):
+        for lag in (1, 2, 3, 4, 5, 8, 16, 1000, n // 2):
             assert abs(unit[:-lag] @ unit[lag:]) < 4 / math.sqrt(n)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (7,), (3, 5), (2, 3, 4)])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_shape_and_dtype(shape, dtype):
+@CIPHERS
+def test_every_shape_and_dtype(shape, dtype, cipher):
     """Catches an odd count that loses its last value, and a half precision that is not the float32 rounded."""
     for draw in (random.normal, random.uniform):
-        sample = draw(random.key(0), shape, dtype=dtype)
+        sample = draw(random.key(0), shape, dtype=dtype, cipher=cipher)
         assert sample.shape == shape
         assert sample.dtype == dtype
         assert sample.isfinite().all()
         if dtype in (torch.bfloat16, torch.float16):
-            assert torch.equal(sample, draw(random.key(0), shape).to(dtype))
+            assert torch.equal(sample, draw(random.key(0), shape, cipher=cipher).to(dtype))
 
 
-def test_counts_around_the_block_size():
+@CIPHERS
+def test_counts_around_the_block_size(cipher):
     """Catches a block that is skipped or left unfilled."""
-    for count in (random._BLOCK - 1, random._BLOCK, random._BLOCK + 1, 2 * random._BLOCK + 3):
-        sample = random.normal(random.key(4), (count,), dtype=torch.float64)
+    for count in (aes._BLOCK - 1, aes._BLOCK, aes._BLOCK + 1, 2 * aes._BLOCK + 3):
+        sample = random.normal(random.key(4), (count,), dtype=torch.float64, cipher=cipher)
         assert len(sample.unique()) == count
         assert sample[-1000:].std() == pytest.approx(1, abs=0.15)
 
 
+@CIPHERS
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_slice_is_that_of_the_whole(monkeypatch, dtype):
+def test_a_slice_is_that_of_the_whole(monkeypatch, dtype, cipher):
     """Catches a keystream that is entered at a wrong place, a last block taken for a full one, a part off by one."""
-    monkeypatch.setattr(random, "_BLOCK", 32)
-    for numel in (0, 1, 31, 32, 33, 63, 65, 96, 101):
-        whole = random.normal(random.key(5), (numel,), dtype=dtype)
+    monkeypatch.setattr(aes, "_BLOCK", 32)
+    monkeypatch.setattr(random, "_AT_ONCE_ON_CPU", 13)
+    for numel in (0, 1, 31, 33, 65) if cipher is Cipher.AES else (0, 1, 23):
+        whole = random.normal(random.key(5), (numel,), dtype=dtype, cipher=cipher)
         for start, stop in itertools.combinations_with_replacement(range(numel + 1), 2):
-            assert torch.equal(random.normal_slice(random.key(5), numel, start, stop, dtype=dtype), whole[start:stop])
+            part = random.normal_slice(random.key(5), numel, start, stop, dtype=dtype, cipher=cipher)
+            assert torch.equal(part, whole[start:stop])
 
 
+@CIPHERS
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_slices_across_the_edges_of_real_blocks(dtype):
-    block, numel = random._BLOCK, 3 * random._BLOCK + 7
-    whole = random.normal(random.key(5), (numel,), dtype=dtype)
+def test_slices_across_the_edges_of_real_blocks(dtype, cipher):
+    block, numel = aes._BLOCK, 3 * aes._BLOCK + 7
+    whole = random.normal(random.key(5), (numel,), dtype=dtype, cipher=cipher)
     cuts = [0, 3, block - 1, block + 1, 2 * block, 2 * block + 5, 3 * block + 2, numel]
-    parts = [random.normal_slice(random.key(5), numel, *cut, dtype=dtype) for cut in itertools.pairwise(cuts)]
+    parts = [
+        random.normal_slice(random.key(5), numel, *cut, dtype=dtype, cipher=cipher) for cut in itertools.pairwise(cuts)
+    ]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_a_slice_makes_no_more_than_its_blocks(monkeypatch):
     """Catches a stream that is read from its beginning: the last numbers of 10^15 would take years."""
     asked = []
-    words = random._words
-    monkeypatch.setattr(
-        random, "_words", lambda stream, count, *rest: asked.append(count) or words(stream, count, *rest)
-    )
+    words, blocks = aes.words, chacha.keystream
+    monkeypatch.setattr(aes, "words", lambda stream, count, *rest: asked.append(count) or words(stream, count, *rest))
     assert len(random.normal_slice(random.key(0), 10**15, 10**15 - 5, 10**15)) == 5
-    assert sum(asked) <= random._BLOCK + 2
+    assert sum(asked) <= aes._BLOCK + 2
+    made = []
+    monkeypatch.setattr(chacha, "keystream", lambda key, counter: made.append(len(counter)) or blocks(key, counter))
+    assert len(random.normal_slice(random.key(0), 10**15, 10**15 - 5, 10**15, cipher=Cipher.CHACHA20)) == 5
+    assert made == [1]
 
 
+@CIPHERS
 @pytest.mark.parametrize("device", DEVICES)
-def test_devices_agree(device):
+def test_devices_agree(device, cipher):
     """Catches a generator that depends on the device."""
     for draw in (random.normal, random.uniform):
-        sample = draw(random.key(0), (1001,), device=device)
+        sample = draw(random.key(0), (1001,), device=device, cipher=cipher)
         assert sample.device.type == device
-        torch.testing.assert_close(sample.cpu(), draw(random.key(0), (1001,), device="cpu"))
+        torch.testing.assert_close(sample.cpu(), draw(random.key(0), (1001,), device="cpu", cipher=cipher))
     with torch.device("meta"):
-        assert random.normal(random.key(0), (3,)).device.type == "meta"
+        assert random.normal(random.key(0), (3,), cipher=cipher).device.type == "meta"
         assert random.permutation(random.key(0), 3).device.type == "cpu"
+
+
+def test_the_device_chooses_the_cipher():
+    """Catches: a default that is not the documented one."""
+    chosen = [random._chosen(None, torch.device(device)) for device in ("cpu", "meta", "cuda", "mps")]
+    assert chosen == [Cipher.AES, Cipher.AES, Cipher.CHACHA20, Cipher.CHACHA20]
+
+
+@CIPHERS
+def test_leaves_are_drawn_together_as_each_alone(monkeypatch, cipher):
+    """Catches: a leaf that gets another's numbers, or other ones in company, and a part that is cut elsewhere."""
+    sizes, dtypes = [0, 1, 10, 25, 3, 40, 7, 100], [torch.float32] * 5 + [torch.float64] * 2 + [torch.float32]
+    leaves = [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    parts = [None, None, random.Part(1000, 13, 23), None, random.Part(9, 4, 7)]
+    alone = [
+        random.normal_slice(random.fold_in(random.key(3), index), *part, dtype=leaf.dtype, cipher=cipher)
+        for index, (leaf, part) in enumerate(itertools.zip_longest(leaves, parts))
+        for part in [part or random.Part(leaf.numel(), 0, leaf.numel())]
+    ]
+    for at_once in (1, 12, 1 << 16):
+        monkeypatch.setattr(random, "_AT_ONCE_ON_CPU", at_once)
+        together = list(random.each_normal(random.key(3), leaves, parts, cipher=cipher))
+        assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+        assert all(
+            noise.untyped_storage().nbytes() == noise.nbytes for noise in together if at_once > 100 and len(noise) > 9
+        )
 
 
 def test_tree_normal_is_like_the_tree():
@@ -371,17 +435,19 @@ def test_the_seed_of_torch_is_no_part_of_the_keys_own_stream():
         seed = torch.initial_seed().to_bytes(8, "little", signed=torch.initial_seed() < 0)
     streams = [bytes(key.tolist())]
     streams += [bytes(other.tolist()) for other in (random.fold_in(key, 0), *random.split(key))]
-    streams += [random._keystream(key, purpose).update(bytes(64)) for purpose in (b"pegrad uniform", b"pegrad normal")]
+    purposes = [*random._NORMAL.values(), *random._UNIFORM.values()]
+    streams += [aes.keystream(random._derived(key, purpose)).update(bytes(64)) for purpose in purposes]
     assert all(seed not in stream for stream in streams)
 
 
 # Uniforms
 
 
+@CIPHERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_uniform_follows_the_law(dtype):
+def test_uniform_follows_the_law(dtype, cipher):
     """Catches a wrong scale and words that lose or repeat bits."""
-    sample = random.uniform(random.key(21), (256_000,), dtype=dtype).double()
+    sample = random.uniform(random.key(21), (256_000,), dtype=dtype, cipher=cipher).double()
     assert sample.min() > 0
     assert sample.max() <= 1
     assert stats.kstest(sample.numpy(), "uniform").pvalue > 0.01
@@ -390,13 +456,14 @@ def test_uniform_follows_the_law(dtype):
         assert stats.chisquare(digits.bincount(minlength=256).numpy()).pvalue > 0.01
 
 
+@CIPHERS
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_uniform_is_never_zero(monkeypatch, dtype):
+def test_uniform_is_never_zero(monkeypatch, dtype, cipher):
     """Catches k/2^r with k from 0, and k + 1 rounded above 1."""
     _fake(monkeypatch, bytes(4))
-    assert random.uniform(random.key(0), (2,), dtype=dtype).min() > 0
+    assert random.uniform(random.key(0), (2,), dtype=dtype, cipher=cipher).min() > 0
     _fake(monkeypatch, bytes([255] * 4))
-    assert random.uniform(random.key(0), (2,), dtype=dtype).max() == 1
+    assert random.uniform(random.key(0), (2,), dtype=dtype, cipher=cipher).max() == 1
 
 
 # Permutations
@@ -433,6 +500,8 @@ def test_what_is_not_a_key_is_refused(key):
         lambda: random.normal(key, (1,)),
         lambda: random.permutation(key, 2),
         lambda: random.tree_normal(key, [torch.zeros(1)]),
+        lambda: random.leaf_keys(key, [torch.zeros(1)]),
+        lambda: random.normal_from(key, 1, 0, 1),
     ]
     for call in calls:
         with pytest.raises(ArgumentError, match="Expected a key"):
@@ -457,6 +526,14 @@ def test_what_is_not_a_key_is_refused(key):
         (lambda key: random.normal_slice(key, 5, 3, 2), "start <= stop <= numel, got start=3, stop=2, numel=5"),
         (lambda key: random.normal_slice(key, 5, 3, 6), "start <= stop <= numel, got start=3, stop=6, numel=5"),
         (lambda key: random.normal_slice(key, 5, -1, 2), "start >= 0, got start=-1"),
+        (lambda key: random.normal(key, (2,), cipher="AES"), "cipher to be a pegrad.random.Cipher or None, got str"),
+        (lambda key: random.normal_from(key, 5, 3, 6), "start <= stop <= numel, got start=3, stop=6, numel=5"),
+        (lambda key: random.normal_from(key, 5, 3, 4, dtype=torch.int64), "dtype=torch.int64"),
+        (
+            lambda key: random.each_normal_from(key, [torch.zeros(1)]),
+            r"shape \(1, 32\), got torch.uint8 of shape \(32,\)",
+        ),
+        (lambda key: random.each_normal_from(None, [torch.zeros(1)]), r"shape \(1, 32\), got NoneType"),
         (lambda key: random.uniform(key, 3), "shape to be a sequence of integers, got int"),
     ],
 )

@@ -7,6 +7,7 @@ whatever holds it, and so does all that is made of its bytes: a copy, a slice, a
 import hashlib
 import operator
 import secrets
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -132,9 +133,57 @@ def as_key(digest: bytes) -> Key:
 
 
 def key_bytes(key: Tensor) -> bytes:
-    """Return the 32 bytes of a key, having checked that it is one."""
+    """Return the 32 bytes of a key, having checked that it is one, and that no graph will hold them.
+
+    Guarantee: nothing that is computed from a key's bytes becomes a constant of a graph that is being traced, which
+    would draw the same numbers at every run. Test: `test_no_key_is_baked_into_a_graph`.
+
+    Raises:
+        ArgumentError: `key` is not a key, or a graph is being traced.
+    """
     check_key(key)
+    if _tracer() is not None:
+        raise ArgumentError(
+            "Expected no graph to be traced where a key's bytes are read: whatever is derived from them would be a "
+            "constant of the graph, and its noise the same at every run. Derive keys outside, by "
+            "pegrad.random.leaf_keys, make them an input of the graph, and draw by normal_from or each_normal_from."
+        )
     return bytes(key.tolist())
+
+
+def refuse_constant(derived: Tensor) -> None:
+    """Refuse a derived key that would be a constant of the graph that is being traced.
+
+    Raises:
+        ArgumentError: a graph is being traced, and the key is not computed from its inputs.
+    """
+    tracer = _tracer()
+    if tracer is None or _is_from_inputs(derived, tracer):
+        return
+    raise ArgumentError(
+        "Expected the derived key to be an input of the graph that is being traced, got a tensor from outside: the "
+        "graph would hold it as a constant, and draw the same noise at every run. Pass it as an argument."
+    )
+
+
+def _tracer() -> Any:
+    """Return what traces a graph at this moment, by `make_fx` or `torch.export`; None: nothing does.
+
+    Not asked of dynamo: every tensor that it meets is an input of its graph, and reading a key's bytes ends the graph.
+    """
+    if torch.compiler.is_dynamo_compiling() or "torch.fx.experimental.proxy_tensor" not in sys.modules:
+        return None
+    mode = sys.modules["torch.fx.experimental.proxy_tensor"].get_proxy_mode()
+    return None if mode is None else mode.tracer
+
+
+def _is_from_inputs(derived: Tensor, tracer: Any) -> bool:
+    proxy_tensor = sys.modules["torch.fx.experimental.proxy_tensor"]
+    proxy = proxy_tensor.get_proxy_slot(derived, tracer, None)
+    nodes = [] if proxy is None else [proxy.proxy.node]
+    for node in nodes:  # all that it is computed from; the list grows
+        nodes += [source for source in node.all_input_nodes if source not in nodes]
+    return bool(nodes) and all(node.op != "get_attr" for node in nodes)
 
 
 def natural(name: str, value: int) -> int:

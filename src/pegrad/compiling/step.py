@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pegrad import random, trees
+from pegrad import random
 from pegrad.accumulation import Added
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.programs import Call, Trial
@@ -77,7 +77,7 @@ class StepProgram:
         if kind not in self._numbers:
             self._numbers[kind] = Numbers.of(self.step, params, state)
         numbers = self._numbers[kind]
-        keys = random.leaf_keys(random.fold_in(state.key, state.step), len(trees.leaves(params)))
+        keys = random.leaf_keys(random.fold_in(state.key, state.step), params)
         sensitivity = torch.tensor(self.step.clipped_grad.sensitivity, dtype=torch.float64)
         if numbers is None:
             return _Inputs(params, None, [], batch, mask, keys, sensitivity)
@@ -145,7 +145,7 @@ class _InGraph:
         return counts
 
     def each_normal(self, key: Tensor, leaves: list[Tensor]) -> Iterator[Tensor]:
-        return (random.normal_from(row, leaf) for row, leaf in zip(self.keys, leaves, strict=True))
+        return iter(random.each_normal_from(self.keys, leaves))
 
 
 @dataclass(frozen=True)
