@@ -1,14 +1,16 @@
 """ChaCha20 in integer operations of torch: noise that is made where it is needed, and that a compiler can fuse.
 
 Everything here is a pure function of tensors and of Python numbers: no value is read back, nothing is written in place,
-no loop runs over data. So a tracer sees plain operations, of which the key's words are an input, and a compiler fuses
-counter, rounds and Box–Muller.
+no loop runs over data. So a tracer sees plain operations, of which the key's words are an input, and a compiler makes
+one function of counter, rounds and Box–Muller. The state lies in four rows, of which half a round takes four words at
+once: a quarter of the operations of one after the other. The price is that loops end where rows are rotated.
 
-The rounds are some 600 operations, whatever is drawn. A compiler takes them for as long as a large model: Inductor half
-a minute on a CPU. So a graph draws all that it needs at once, by `each_normal`.
+The rounds are some 600 operations, whatever is drawn, and cost a compiler much: Inductor takes half a minute for them
+on a CPU. So a graph draws all that it needs at once, by `each_normal`.
 
-Words are int32, whose addition wraps around in PyTorch's kernels, in Inductor's C++ and in Triton alike. The tests
-compare all words with another implementation, in whole vectors and in what is left over of them, eager and compiled.
+Words are int32, whose sums must wrap around. On a CPU they do, eager and in Inductor's C++, in whole vectors and in
+what is left over of them: the tests compare every word with another implementation's. C++ does not promise it, and
+Triton, which does, has not been tried; the same tests would tell.
 
 Source: Bernstein, "ChaCha, a variant of Salsa20", 2008, whose counter and nonce of 64 bits each are used: a stream has
 2^64 blocks. RFC 8439 calls the upper half of the counter the first word of its nonce, so up to 2^32 blocks the two are

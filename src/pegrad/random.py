@@ -12,9 +12,12 @@ lies in the state of a run, so a checkpoint that is published must be one withou
 There are two ciphers, and a key gives other numbers by each; a `Cipher` chooses, and by default the device does.
 AES-256 in counter mode, for the CPU: a processor has instructions for it. Asked for on an accelerator, its keystream is
 made on the CPU and copied block by block. ChaCha20, for accelerators: it is plain integer arithmetic, runs where the
-noise is needed, copies nothing but the key, and compiles. It has been measured on CPUs alone, where AES is the faster
-(`benchmarks/noise.py`). On a GPU it is expected to be bound by memory as long as each of its some 600 operations is a
-kernel of its own, and to cost little more than writing the noise once they are fused.
+noise is needed, copies nothing but the key, and compiles.
+
+ChaCha20 has been measured on a CPU alone, where AES is the faster: by 7 to 11 times operation by operation, by 6 times
+over many numbers when compiled (`benchmarks/noise.py`). On a GPU it is expected to be bound by the launches of its some
+600 kernels where there are few numbers, and by memory where there are many; compiled, by memory, in some twenty
+kernels, since compilers do not fuse over the rotations of the state. None of that has been measured.
 
 Under either, the bits are the same on every device; the floating-point results may differ in the last places, as each
 device, and each compiler, has its own `log`, `cos` and `sin`. What Inductor compiles for a CPU has the same words, and
@@ -89,8 +92,8 @@ _NORMAL = {Cipher.AES: b"pegrad normal", Cipher.CHACHA20: b"chacha20 normal"}
 _UNIFORM = {Cipher.AES: b"pegrad uniform", Cipher.CHACHA20: b"chacha20 uniform"}
 
 # How many numbers ChaCha20 makes at once outside of graphs: as many as stay in cache on a CPU; on an accelerator so
-# many that launching the operations costs little. No part of what a key means.
-_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 16, 1 << 23
+# many that launching the operations costs little, at some 200 MB. No part of what a key means.
+_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 16, 1 << 22
 
 
 class Part(NamedTuple):
@@ -362,7 +365,8 @@ def each_normal_from(
 ) -> list[Tensor]:
     """Draw as `each_normal`, from keys that are derived already: for a graph, which takes the derived keys as an input.
 
-    By ChaCha20 all leaves of one device and dtype are drawn together, in no more operations than one.
+    By ChaCha20 all leaves of one device and dtype are drawn together, in hardly more operations than one, at some 50
+    bytes of memory for each number.
 
     Args:
         derived: what `leaf_keys` returns, `uint8` of shape (leaves, 32), on any device.
