@@ -15,6 +15,7 @@ from pegrad.box_muller import precision_of
 from pegrad.errors import ArgumentError
 from pegrad.random import Cipher
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 COUNTING = bytes(range(32))
 SUNSCREEN = (
     b"Ladies and Gentlemen of the class of '99: "
@@ -93,11 +94,11 @@ def words_of(key: bytes) -> torch.Tensor:
     return chacha.key_words(torch.tensor(list(key), dtype=torch.uint8))
 
 
-def stream(key: bytes, first: int, blocks: int, nonce: bytes = bytes(8)) -> bytes:
+def stream(key: bytes, first: int, blocks: int, nonce: bytes = bytes(8), device: str = "cpu") -> bytes:
     """Our keystream: the counter has 64 bits, the nonce 8 bytes."""
     numbers = (int.from_bytes(nonce[:4], "little", signed=True), int.from_bytes(nonce[4:], "little", signed=True))
-    made = chacha.keystream(words_of(key), first + torch.arange(blocks), numbers)
-    return made.t().contiguous().numpy().tobytes()
+    made = chacha.keystream(words_of(key).to(device), first + torch.arange(blocks, device=device), numbers)
+    return made.t().contiguous().cpu().numpy().tobytes()
 
 
 def reference(key: bytes, first: int, blocks: int, nonce: bytes = bytes(8)) -> bytes:
@@ -121,12 +122,13 @@ def test_blocks_of_the_rfc(name):
     assert made[: len(expected)] == expected
 
 
-def test_keystream_of_random_keys():
+@pytest.mark.parametrize("device", DEVICES)
+def test_keystream_of_random_keys(device):
     """Catches: an addition that does not wrap, or a shift that repeats the sign, in vectors or in what is left over."""
     for blocks in [*range(1, 40), 1003]:
         key = bytes(random.fold_in(random.key(1), blocks).tolist())
         nonce = bytes(random.fold_in(random.key(2), blocks).tolist()[:8])
-        assert stream(key, blocks, blocks, nonce) == reference(key, blocks, blocks, nonce)
+        assert stream(key, blocks, blocks, nonce, device) == reference(key, blocks, blocks, nonce)
 
 
 @pytest.mark.parametrize("first", [2**31 - 2, 2**32 - 2, 2**33 - 2, 2**63 - 5])
@@ -250,7 +252,8 @@ def test_aes_compiled_has_the_same_bits():
 
 @INDUCTOR
 @pytest.mark.parametrize("double_rounds", [1, pytest.param(10, marks=pytest.mark.slow)])  # the latter takes a minute
-def test_compiled_words_are_the_eager_ones(monkeypatch, double_rounds):
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_words_are_the_eager_ones(monkeypatch, double_rounds, device):
     """Catches: an addition that a compiler takes for one that cannot overflow, a shift or a conversion of another kind,
     in vectors or in what is left over; and normals of other words, or off by more than a compiler's own functions are.
     """
@@ -261,9 +264,9 @@ def test_compiled_words_are_the_eager_ones(monkeypatch, double_rounds):
         return blocks, *(chacha._normals_of(blocks, precision_of(dtype)) for dtype in (torch.float32, torch.float64))
 
     compiled = torch.compile(drawn, fullgraph=True, dynamic=False)
-    counter = 2**32 - 500 + torch.arange(1003)
+    counter = 2**32 - 500 + torch.arange(1003, device=device)
     for seed in range(2):
-        words = words_of(bytes(random.key(seed).tolist()))
+        words = words_of(bytes(random.key(seed).tolist())).to(device)
         blocks, *normals = compiled(words, counter)
         eager_blocks, *eager_normals = drawn(words, counter)
         assert torch.equal(blocks, eager_blocks)

@@ -14,9 +14,9 @@ AES-256 in counter mode, for the CPU: a processor has instructions for it. Asked
 made on the CPU and copied block by block. ChaCha20, for accelerators: it is plain integer arithmetic, runs where the
 noise is needed, copies nothing but the key, and compiles.
 
-ChaCha20 has been measured on a CPU alone, where AES is the faster: by 7 to 11 times operation by operation, by 6 times
-over many numbers when compiled (`benchmarks/noise.py`). On a GPU it is expected to be bound by the launches of its some
-600 kernels where there are few numbers, and by memory where there are many; compiled, by memory, in some twenty
+ChaCha20 has been measured on a CPU alone, where AES is the faster: some ten times, operation by operation, and several
+times over many numbers when compiled (`benchmarks/noise.py`). On a GPU it is expected to be bound by the launches of its
+some 600 kernels where there are few numbers, and by memory where there are many; compiled, by memory, in some twenty
 kernels, since compilers do not fuse over the rotations of the state. None of that has been measured.
 
 Under either, the bits are the same on every device; the floating-point results may differ in the last places, as each
