@@ -48,10 +48,10 @@ def replacements(kernel: str | None = None) -> dict[Callable, Callable]:
 def _apply(convolution: Convolution, kernel: str | None) -> Tensor:
     convolution = convolution.autocast()
     call = Call(convolution.geometry, convolution.size, kernel)
-    y = (InputGradient if convolution.transposed else Value).apply(convolution.input, convolution.weight, call)
-    if convolution.bias is not None:
-        y = y + convolution.bias.reshape(-1, *[1] * (y.dim() - 2))
-    return convolution.finish(y)
+    x = convolution.input[None] if convolution.unbatched else convolution.input
+    y = (InputGradient if convolution.transposed else Value).apply(x, convolution.weight, call)
+    y = y if convolution.bias is None else y + convolution.offset(convolution.bias)
+    return y.squeeze(0) if convolution.unbatched else y  # indexing's backward would fill zeros and copy
 
 
 @dataclass(frozen=True)
