@@ -19,7 +19,7 @@ What a batch cannot answer or do as one has files of its own: `questions` (`if x
 `writes` (`out[t] = h`).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +54,9 @@ _SHAPES = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
 }
 """Functions that read nothing of a tensor but what all examples share; models call them more than any other."""
+
+_NODES = (list, tuple, Mapping)  # what may hold tensors
+_FLAT = (bool, int, float, str, type(None), torch.dtype, torch.device)  # not to ask an abstract class about each
 
 T = TypeVar("T")
 
@@ -133,18 +136,20 @@ class Trace(TorchFunctionMode):
         self._check_versions()
 
     def _run(self, loss: Loss, batch: Sequence[Tensor], apart: Collection[int]) -> None:
-        def traced(example: list[Tensor], copies: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
-            self._level, self._example = level() or 0, example[0]
+        def traced(*leaves: Tensor) -> tuple[Tensor, ...]:  # plain tuples, for `vmap` looks into everything else
+            self._level, self._example = level() or 0, leaves[0]
+            example, copies = leaves[: len(batch)], dict(zip(apart, leaves[len(batch) :], strict=True))
             with self:
-                return loss([copies.get(i, leaf) for i, leaf in enumerate(self.params)], example)
+                value, aux = loss([copies.get(i, leaf) for i, leaf in enumerate(self.params)], list(example))
+            return value, *aux
 
         with torch.enable_grad():
-            copies = {i: self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart}
+            copies = [self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart]
             rows = [leaf.detach().requires_grad_(i in self._through) for i, leaf in enumerate(batch)]
             self.inputs = [rows[i] for i in self._through]
             self._inquiry, self._aliases, self._here = Inquiry(self._mask, len(rows[0])), Aliases(), Made()
             try:
-                self.losses, aux = vmap(traced, randomness="different")(rows, copies)
+                self.losses, *aux = vmap(traced, randomness="different")(*rows, *copies)
             except Exception:
                 self._inquiry.check()
                 raise
@@ -346,7 +351,7 @@ class Trace(TorchFunctionMode):
 
         return self._once([(parameter, operation)], copy)
 
-    def _once(self, uses: list[tuple[Tensor, str]], make: Callable[[], T]) -> T:
+    def _once(self, uses: Iterable[tuple[Tensor, str]], make: Callable[[], T]) -> T:
         if not self.journals:
             return make()
         known = [(lineage(source, self._leaves).leaves, source.shape, operation) for source, operation in uses]
@@ -367,7 +372,7 @@ class Trace(TorchFunctionMode):
             self.tapped.append(Tapped(sites, tuple(x), tuple(y), dtype))
             return Sender(self._anchor, self._line, self.tapped[-1])
 
-        return self._once([(site.source, site.operation) for site in sites], note)
+        return self._once(((site.source, site.operation) for site in sites), note)
 
     def _tap(self, y: Tensor, x: Tensor, sites: list[Site]) -> Tensor:
         if not sites:
@@ -383,9 +388,13 @@ def _or_zeros(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    given = (*args, *kwargs.values())
-    nested = any(isinstance(argument, list | tuple | Mapping) for argument in given)
-    return [t for t in (trees.leaves((args, kwargs)) if nested else given) if isinstance(t, Tensor)]
+    found: list[Tensor] = []
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif not isinstance(argument, _FLAT) and isinstance(argument, _NODES):
+            found += [leaf for leaf in trees.leaves(argument) if isinstance(leaf, Tensor)]
+    return found
 
 
 def _takes_function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
