@@ -380,7 +380,7 @@ class Trace(TorchFunctionMode):
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
         send = self.announce(sites, x.shape, y.shape, x.dtype)
-        return Tap.apply(y, send.anchor, x.detach(), send)
+        return Tap.on(y, x.detach(), send)
 
 
 def _or_zeros(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:

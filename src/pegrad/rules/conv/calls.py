@@ -1,7 +1,7 @@
 """PyTorch's convolution functions, their arguments read into one form."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,7 @@ from pegrad.rules.conv.geometry import Geometry
 Ints = int | Sequence[int]
 
 
-@dataclass(frozen=True)
-class Convolution:
+class Convolution(NamedTuple):
     """One call of a convolution function.
 
     Args:
@@ -51,7 +50,7 @@ class Convolution:
             return t.to(torch.get_autocast_dtype(device)) if eligible else t
 
         bias = None if self.bias is None else cast(self.bias)
-        return replace(self, input=cast(self.input), weight=cast(self.weight), bias=bias)
+        return self._replace(input=cast(self.input), weight=cast(self.weight), bias=bias)
 
     def offset(self, bias: Tensor) -> Tensor:
         """Lay a bias beside the output."""

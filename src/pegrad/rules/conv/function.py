@@ -163,7 +163,7 @@ def _fold(function: type, info: Any, in_dims: Dims, x: Tensor, w: Tensor, call: 
     if in_dims[1] is None:
         y = function.apply(x.flatten(0, 1), w, call)  # type: ignore[attr-defined]
         return y.unflatten(0, (batch, n)), 0
-    apart = replace(call, geometry=replace(call.geometry, groups=batch * call.geometry.groups))
+    apart = replace(call, geometry=call.geometry._replace(groups=batch * call.geometry.groups))
     w = w.movedim(in_dims[1], 0).flatten(0, 1)
     y = function.apply(x.movedim(1, 0).flatten(1, 2), w, apart)  # type: ignore[attr-defined]
     return y.unflatten(1, (batch, -1)).movedim(1, 0), 0
