@@ -76,7 +76,7 @@ class Tap(torch.autograd.Function):
         That is `apply`, which would look for transforms of torch.func at length. None may run here: if one does,
         PyTorch raises an error.
         """
-        return super(torch.autograd.Function, cls).apply(y, send.anchor, x, send)
+        return super(torch.autograd.Function, cls).apply(y, send.anchor, x, send)  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, send: Sender) -> Tensor:

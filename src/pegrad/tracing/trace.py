@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.overrides import TorchFunctionMode
 
 from pegrad import trees
 from pegrad.errors import LossError, PegradError, StrategyError
@@ -36,6 +35,7 @@ from pegrad.tracing.batched import differentiated, is_batched, is_tracked, level
 from pegrad.tracing.foreign import refuse_checkpoint
 from pegrad.tracing.inlining import inlined
 from pegrad.tracing.inner_grad import SET_REQUIRES_GRAD, Differentiates, inner_grad, require_grad
+from pegrad.tracing.interception import Intercepted
 from pegrad.tracing.journal import Journal, kept, once
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
@@ -73,7 +73,7 @@ class Copies:
     operation: str  # the first that met it
 
 
-class Trace(TorchFunctionMode):
+class Trace(Intercepted):
     """Run a loss over a batch and note the sites of its parameters.
 
     Args:
@@ -188,11 +188,8 @@ class Trace(TorchFunctionMode):
         self.input_grads = _or_zeros(self.inputs, at_inputs)
         return _or_zeros(rows, grads[: len(rows)]), [g is not None for g in grads[len(rows) : -1]]
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called by PyTorch in place of `func`."""
-        kwargs = kwargs or {}
+    def call(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `Intercepted.call`."""
         if func in _SHAPES:
             return func(*args, **kwargs)
         refuse_checkpoint()
