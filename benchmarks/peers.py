@@ -106,6 +106,31 @@ def opacus_adaptive_step(task: Task, clip_norm: float, noise_multiplier: float) 
     return step
 
 
+def opacus_step(
+    task: Task, make: Callable[..., torch.optim.Optimizer], clip_norm: float, noise_multiplier: float, rate: float
+) -> Callable[[], None]:
+    """A whole step of Opacus by hooks, in place: clip, noise that is not cryptographic, and torch's own update."""
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    images, labels = task.batch
+    module = GradSampleModule(task.module(), loss_reduction="sum")
+    optimizer = DPOptimizer(
+        make(list(native.trained(module)), lr=rate),
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=clip_norm,
+        expected_batch_size=len(labels),
+        loss_reduction="mean",
+    )
+
+    def step() -> None:
+        cross_entropies(module(images), labels).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def opacus_ghost(task: Task, clip_norm: float) -> Callable[[], PyTree]:
     """Opacus's ghost clipping: norms in a first backward pass, the sum in a second."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping

@@ -47,6 +47,15 @@ def products_over_no_positions(p, example):
     return (x @ p["w"].T).sum() + torch.einsum("td,ed->te", x, p["w"]).sum() + (p["v"] @ y).sum()
 
 
+TABLE = r(B, 4)
+
+
+@case(lambda: ({"w": r(5, 2), "b": r(5)}, torch.tensor([[2, 0], [1, 3], [0, 2]])))
+def columns_of_a_table(p, indices):
+    """Catches: a batch whose axis PyTorch puts after another of its size, taken for the first."""
+    return F.linear(TABLE[:, indices], p["w"], p["b"]).sin().sum()
+
+
 @case(lambda: ({"table": r(7, 4)}, torch.tensor([2, 0, 2])))
 def embedding_of_one_token(p, token):
     """Catches: tokens taken to have an axis of positions."""

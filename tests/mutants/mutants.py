@@ -896,6 +896,13 @@ MUTANTS = [
         "what a parameter contributes past all rules is dropped",
     ),
     Mutant(
+        "tracing/batched.py",
+        "below.movedim(axis, 0) if axis else below",
+        "below",
+        "test_odd_uses.py -k columns_of_a_table and ghost",
+        "rows of a table are taken for examples",
+    ),
+    Mutant(
         "tracing/trace.py",
         "func = SOUND.get(func, func)",
         "pass",
@@ -1027,6 +1034,13 @@ MUTANTS = [
         "if False:",
         "test_errors.py -k batch_norm",
         "batch normalisation couples examples, and no example's gradient is its own",
+    ),
+    Mutant(
+        "tracing/interception.py",
+        "replacement = interception.table.get(func)",
+        "replacement = None",
+        "test_guards.py -k our_own_refusals and ghost",
+        "in a trace, batch normalisation couples examples",
     ),
     Mutant(
         "tracing/loss.py",

@@ -34,9 +34,8 @@ class Shaped(NamedTuple):
     @property
     def key(self) -> Hashable:
         """All that its candidates depend on, but its kernels themselves."""
-        source = self.site.source
-        known = type(self.site), self.site.describe(), source.shape, source.device.type
-        return *known, self.x, self.g, self.dtype, self.outer
+        site, x, g, dtype, outer = self
+        return type(site), site.describe(), site.source.shape, site.source.device, x, g, dtype, outer
 
 
 class Candidate(NamedTuple):
@@ -157,8 +156,11 @@ class Choices:
                 self._picked.clear()
             self._picked[key] = picked._replace(kernels=())  # which know their site, which holds a parameter
             return picked
-        offers = (use.site.stacking(use.x, use.g) if picked.stacks else use.site.norming(use.x, use.g) for use in uses)
-        return picked._replace(kernels=tuple(offer[name] for offer, name in zip(offers, picked.names, strict=True)))
+        kernels = []
+        for use, name in zip(uses, picked.names, strict=True):
+            offer = use.site.stacking(use.x, use.g) if picked.stacks else use.site.norming(use.x, use.g)
+            kernels.append(offer[name])
+        return picked._replace(kernels=tuple(kernels))
 
 
 _REMEMBERED = 4096

@@ -21,6 +21,9 @@ class Place(NamedTuple):
         return any(stop <= start or end <= begin for (begin, stop), (start, end) in pairs)
 
 
+_WHOLE = Place((), ())  # of the only source of a leaf, whose place is compared with none
+
+
 def place(view: Tensor, leaf: Tensor) -> Place | None:
     """Find the box of a leaf that a view covers.
 
@@ -70,7 +73,7 @@ def boxes(sources: Mapping[int, Tensor], leaf: Tensor) -> dict[int, Place] | Non
         The places, by the same keys; None if two boxes are neither equal nor apart, or one is not known.
     """
     if len(sources) == 1:
-        return {key: Place((), ()) for key in sources}
+        return dict.fromkeys(sources, _WHOLE)
     found = {key: place(source, leaf) for key, source in sources.items()}
     known = {key: there for key, there in found.items() if there is not None}
     different = {there.box: there for there in known.values()}.values()
@@ -80,6 +83,8 @@ def boxes(sources: Mapping[int, Tensor], leaf: Tensor) -> dict[int, Place] | Non
 
 def flips(sources: Sequence[Tensor], places: Sequence[Place]) -> list[bool] | None:
     """Tell which sources in one box are transposes of the first; None if they differ in another way."""
+    if len(sources) == 1:
+        return [False]
     shape, axes = sources[0].shape, places[0].axes
     found = []
     for source, there in zip(sources, places, strict=True):

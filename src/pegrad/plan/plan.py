@@ -1,7 +1,7 @@
 """One plan a call: which uses' gradients are found together, and how."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -122,27 +122,30 @@ class Plan:
             members[_key(places, copies.source)].copies.append(copies)
         self.groups = list(members.values())
         self.stacked = [0] * len(trace.params)
+        batch = trace.losses.shape[0]
         for group in self.groups:
-            self._settle(group, [places[id(source)] for source in group.sources if id(source) in places], rows)
+            self._settle(group, places, rows)
             if group.way == "joint" and group.sites:
-                group.choice = choose(group.shaped(trace.losses.shape[0]))
+                group.choice = choose(group.shaped(batch))
 
     def leaf(self, source: Tensor) -> int:
         """Return a leaf that a source was made of."""
         return next(iter(self.uses.leaves(source)))
 
-    def _settle(self, group: Group, places: Sequence[tuple[int, Place]], rows: int) -> None:
+    def _settle(self, group: Group, places: Mapping[int, tuple[int, Place]], rows: int) -> None:
         """Decide how a group's gradients are found."""
-        for source in group.sources:
+        sources = group.sources
+        for source in sources:
             self.of[id(source)] = group
-        turned = flips(group.sources, [there for _, there in places]) if places else None
+        there = [places[id(source)][1] for source in sources if id(source) in places]
+        turned = flips(sources, there) if there else None
         if turned and (not group.copies or len(turned) == 1):
             group.way = "joint"
             group.flipped = {id(site): flip for (site, _), flip in zip(group.sites, turned, strict=False)}
         elif self._is_made(group, rows):
             group.way = "made"
         else:
-            for source in group.sources:
+            for source in sources:
                 for leaf in self.uses.leaves(source):
                     self.stacked[leaf] += 1
 

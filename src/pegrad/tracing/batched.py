@@ -108,7 +108,8 @@ def physical(tensor: Tensor) -> Tensor:
 def batch_first(tensor: Tensor) -> Tensor:
     """Return what lies in memory of a tensor that is batched by the `vmap` that is running: `(B, ...)`."""
     functorch = torch._C._functorch
-    return functorch.get_unwrapped(tensor).movedim(functorch.maybe_get_bdim(tensor), 0)
+    below, axis = functorch.get_unwrapped(tensor), functorch.maybe_get_bdim(tensor)
+    return below.movedim(axis, 0) if axis else below
 
 
 def is_constant(tensor: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """Put a function of ours in the place of one of PyTorch's, for as long as a block runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 
 class Interception(TorchFunctionMode):
@@ -31,7 +32,65 @@ class Interception(TorchFunctionMode):
         try:
             return self.table.get(func, func)(*args, **(kwargs or {}))
         except Exception as error:
-            if not hasattr(error, "pegrad_operation"):
-                error.pegrad_operation = getattr(func, "__name__", str(func))  # type: ignore[attr-defined]
-            self.raised.append(error)
+            self.note(error, func)
             raise
+
+    def note(self, error: Exception, func: Callable) -> None:
+        """Take note of an error that a function raised."""
+        if not hasattr(error, "pegrad_operation"):
+            error.pegrad_operation = getattr(func, "__name__", str(func))  # type: ignore[attr-defined]
+        self.raised.append(error)
+
+
+class Intercepted(TorchFunctionMode):
+    """A mode that can have an interception in itself: two modes would see every call one after the other.
+
+    A call that no function of the table takes the place of goes to `call`, with both of them off.
+
+    Attributes:
+        interception: what intercepts; None: nothing does. The outermost stays, for what the loss runs again.
+    """
+
+    interception: Interception | None = None
+
+    def call(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called in place of `func`."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by PyTorch in place of `func`."""
+        interception = self.interception
+        if interception is None:
+            return self.call(func, args, kwargs or {})
+        self.interception = None
+        try:
+            replacement = interception.table.get(func)
+            if replacement is None:
+                return self.call(func, args, kwargs or {})
+            with self:
+                return replacement(*args, **(kwargs or {}))
+        except Exception as error:
+            interception.note(error, func)
+            raise
+        finally:
+            self.interception = interception
+
+
+@contextmanager
+def on(interception: Interception) -> Iterator[None]:
+    """Intercept inside the block, by the innermost mode itself where that is an `Intercepted`."""
+    modes = _get_current_function_mode_stack()
+    mode = modes[-1] if modes else None
+    if not isinstance(mode, Intercepted):
+        with interception:
+            yield
+        return
+    around, mode.interception = mode.interception, interception
+    try:
+        yield
+    finally:
+        if around is not None:
+            around.raised += interception.raised  # which it would have seen as well, had it been a mode
+            mode.interception = around

@@ -1,8 +1,7 @@
 """Which parameter leaves a tensor was made of, and whether its norm tells theirs: read from autograd's graph."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +29,7 @@ def isometry(function: type[torch.autograd.Function]) -> type[torch.autograd.Fun
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
-@dataclass(frozen=True)
-class Lineage:
+class Lineage(NamedTuple):
     """Where a tensor comes from."""
 
     leaves: frozenset[int]

@@ -12,7 +12,7 @@ from pegrad import trees
 from pegrad.errors import LeafError, LossError, PegradError
 from pegrad.tracing.batched import changing_requires_grad, is_constant, transformed
 from pegrad.tracing.explanations import explanation
-from pegrad.tracing.interception import Interception
+from pegrad.tracing.interception import Interception, on
 from pegrad.tracing.lineage import reaches
 from pegrad.tracing.strangers import no_strangers
 from pegrad.tracing.strided import STRIDED
@@ -57,7 +57,7 @@ class FlatLoss:
         """
         interception = Interception(_REPLACEMENTS)
         try:
-            with no_strangers((*params, *example)), interception:
+            with no_strangers((*params, *example)), on(interception):
                 result = self.function(trees.unflatten(self._params, params), trees.unflatten(self._batch, example))
         except TypeError as failure:  # of ours, which are TypeErrors, an operator makes "unsupported operand type(s)"
             raise next((e for e in interception.raised if isinstance(e, PegradError)), failure)  # noqa: B904

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ Receive = Callable[["Tapped", Tensor, Tensor], None]
 """`(tapped, x, g)`: called in the backward pass with a tapped operation's input and the gradient at its output."""
 
 
-@dataclass(frozen=True, eq=False)
-class Tapped:
+class Tapped(NamedTuple):
     """An operation whose output is tapped, and the sites that wait for the gradient there."""
 
     sites: list[Site]
@@ -51,8 +49,7 @@ class Line:
             self._receive(tapped, x, g)
 
 
-@dataclass(frozen=True, eq=False)
-class Sender:
+class Sender(NamedTuple):
     """Sends what one operation has to tell: see `Send`."""
 
     anchor: Tensor
@@ -71,6 +68,15 @@ class Tap(torch.autograd.Function):
     gradient also where the operation's input does not. `x` is saved as autograd saves it: if the loss changes it in
     place afterwards, the backward pass says so.
     """
+
+    @classmethod
+    def on(cls, y: Tensor, x: Tensor, send: Sender) -> Tensor:
+        """Tap an output, physical, of an operation on physical tensors.
+
+        That is `apply`, which would look for transforms of torch.func at length. None may run here: if one does,
+        PyTorch raises an error.
+        """
+        return super(torch.autograd.Function, cls).apply(y, send.anchor, x, send)  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, send: Sender) -> Tensor:

@@ -19,14 +19,13 @@ What a batch cannot answer or do as one has files of its own: `questions` (`if x
 `writes` (`out[t] = h`).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.overrides import TorchFunctionMode
 
 from pegrad import trees
 from pegrad.errors import LossError, PegradError, StrategyError
@@ -36,6 +35,7 @@ from pegrad.tracing.batched import differentiated, is_batched, is_tracked, level
 from pegrad.tracing.foreign import refuse_checkpoint
 from pegrad.tracing.inlining import inlined
 from pegrad.tracing.inner_grad import SET_REQUIRES_GRAD, Differentiates, inner_grad, require_grad
+from pegrad.tracing.interception import Intercepted
 from pegrad.tracing.journal import Journal, kept, once
 from pegrad.tracing.lineage import lineage
 from pegrad.tracing.loss import independent
@@ -55,6 +55,9 @@ _SHAPES = {
 }
 """Functions that read nothing of a tensor but what all examples share; models call them more than any other."""
 
+_NODES = (list, tuple, Mapping)  # what may hold tensors
+_FLAT = (bool, int, float, str, type(None), torch.dtype, torch.device)  # not to ask an abstract class about each
+
 T = TypeVar("T")
 
 Loss = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
@@ -70,7 +73,7 @@ class Copies:
     operation: str  # the first that met it
 
 
-class Trace(TorchFunctionMode):
+class Trace(Intercepted):
     """Run a loss over a batch and note the sites of its parameters.
 
     Args:
@@ -133,18 +136,20 @@ class Trace(TorchFunctionMode):
         self._check_versions()
 
     def _run(self, loss: Loss, batch: Sequence[Tensor], apart: Collection[int]) -> None:
-        def traced(example: list[Tensor], copies: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
-            self._level, self._example = level() or 0, example[0]
+        def traced(*leaves: Tensor) -> tuple[Tensor, ...]:  # plain tuples, for `vmap` looks into everything else
+            self._level, self._example = level() or 0, leaves[0]
+            example, copies = leaves[: len(batch)], dict(zip(apart, leaves[len(batch) :], strict=True))
             with self:
-                return loss([copies.get(i, leaf) for i, leaf in enumerate(self.params)], example)
+                value, aux = loss([copies.get(i, leaf) for i, leaf in enumerate(self.params)], list(example))
+            return value, *aux
 
         with torch.enable_grad():
-            copies = {i: self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart}
+            copies = [self._copy(self.params[i], batch[0].shape[0], "(all)") for i in apart]
             rows = [leaf.detach().requires_grad_(i in self._through) for i, leaf in enumerate(batch)]
             self.inputs = [rows[i] for i in self._through]
             self._inquiry, self._aliases, self._here = Inquiry(self._mask, len(rows[0])), Aliases(), Made()
             try:
-                self.losses, aux = vmap(traced, randomness="different")(rows, copies)
+                self.losses, *aux = vmap(traced, randomness="different")(*rows, *copies)
             except Exception:
                 self._inquiry.check()
                 raise
@@ -183,11 +188,8 @@ class Trace(TorchFunctionMode):
         self.input_grads = _or_zeros(self.inputs, at_inputs)
         return _or_zeros(rows, grads[: len(rows)]), [g is not None for g in grads[len(rows) : -1]]
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called by PyTorch in place of `func`."""
-        kwargs = kwargs or {}
+    def call(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `Intercepted.call`."""
         if func in _SHAPES:
             return func(*args, **kwargs)
         refuse_checkpoint()
@@ -346,7 +348,7 @@ class Trace(TorchFunctionMode):
 
         return self._once([(parameter, operation)], copy)
 
-    def _once(self, uses: list[tuple[Tensor, str]], make: Callable[[], T]) -> T:
+    def _once(self, uses: Iterable[tuple[Tensor, str]], make: Callable[[], T]) -> T:
         if not self.journals:
             return make()
         known = [(lineage(source, self._leaves).leaves, source.shape, operation) for source, operation in uses]
@@ -367,7 +369,7 @@ class Trace(TorchFunctionMode):
             self.tapped.append(Tapped(sites, tuple(x), tuple(y), dtype))
             return Sender(self._anchor, self._line, self.tapped[-1])
 
-        return self._once([(site.source, site.operation) for site in sites], note)
+        return self._once(((site.source, site.operation) for site in sites), note)
 
     def _tap(self, y: Tensor, x: Tensor, sites: list[Site]) -> Tensor:
         if not sites:
@@ -375,7 +377,7 @@ class Trace(TorchFunctionMode):
         if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
             y = torch.ops.aten._unsafe_view(y, y.shape)
         send = self.announce(sites, x.shape, y.shape, x.dtype)
-        return Tap.apply(y, send.anchor, x.detach(), send)
+        return Tap.on(y, x.detach(), send)
 
 
 def _or_zeros(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -383,9 +385,13 @@ def _or_zeros(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    given = (*args, *kwargs.values())
-    nested = any(isinstance(argument, list | tuple | Mapping) for argument in given)
-    return [t for t in (trees.leaves((args, kwargs)) if nested else given) if isinstance(t, Tensor)]
+    found: list[Tensor] = []
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif not isinstance(argument, _FLAT) and isinstance(argument, _NODES):
+            found += [leaf for leaf in trees.leaves(argument) if isinstance(leaf, Tensor)]
+    return found
 
 
 def _takes_function(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

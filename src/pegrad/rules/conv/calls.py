@@ -1,7 +1,7 @@
 """PyTorch's convolution functions, their arguments read into one form."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +13,18 @@ from pegrad.rules.conv.geometry import Geometry
 Ints = int | Sequence[int]
 
 
-@dataclass(frozen=True)
-class Convolution:
+class Convolution(NamedTuple):
     """One call of a convolution function.
 
     Args:
-        input: `(N, channels, *spatial)`, padded where the call's padding is not the same on both sides.
+        input: `(N, channels, *spatial)`, without N if the call's input had none; padded where the call's padding is
+            not the same on both sides.
         weight: `(D, C/groups, *kernel)`; for a transposed convolution D are the input's channels.
         bias: over the output's channels, or None.
         geometry: for a transposed convolution, that of the convolution whose input gradient it is.
         size: spatial size of what the geometry takes for the input: the output's, if transposed.
         transposed: whether the call was one of `F.conv_transpose*`.
-        unbatched: whether the call's input had no axis N.
+        unbatched: whether the input has no axis N.
     """
 
     input: Tensor
@@ -50,11 +50,11 @@ class Convolution:
             return t.to(torch.get_autocast_dtype(device)) if eligible else t
 
         bias = None if self.bias is None else cast(self.bias)
-        return replace(self, input=cast(self.input), weight=cast(self.weight), bias=bias)
+        return self._replace(input=cast(self.input), weight=cast(self.weight), bias=bias)
 
-    def finish(self, y: Tensor) -> Tensor:
-        """Give the output the axes that the caller expects."""
-        return y.squeeze(0) if self.unbatched else y  # indexing's backward would fill zeros and copy
+    def offset(self, bias: Tensor) -> Tensor:
+        """Lay a bias beside the output."""
+        return bias.reshape(-1, *[1] * self.geometry.ndim)
 
 
 def _read_plain(nd: int) -> Callable[..., Convolution]:
@@ -67,11 +67,10 @@ def _read_plain(nd: int) -> Callable[..., Convolution]:
         dilation: Ints = 1,
         groups: int = 1,
     ) -> Convolution:
-        x = input if input.dim() == nd + 2 else input[None]
         kernel, stride, dilation = tuple(weight.shape[2:]), _each(stride, nd), _each(dilation, nd)
-        x, pad = _resolve_padding(x, padding, kernel, stride, dilation)
+        x, pad = _resolve_padding(input, padding, kernel, stride, dilation)
         geometry = Geometry(kernel, stride, pad, dilation, groups)
-        return Convolution(x, weight, bias, geometry, tuple(x.shape[2:]), False, input.dim() == nd + 1)
+        return Convolution(x, weight, bias, geometry, tuple(x.shape[-nd:]), False, x.dim() == nd + 1)
 
     return read
 
@@ -87,14 +86,14 @@ def _read_transposed(nd: int) -> Callable[..., Convolution]:
         groups: int = 1,
         dilation: Ints = 1,
     ) -> Convolution:
-        g = input if input.dim() == nd + 2 else input[None]
+        g = input
         kernel = tuple(weight.shape[2:])
         geometry = Geometry(kernel, _each(stride, nd), _each(padding, nd), _each(dilation, nd), groups)
-        size = geometry.transposed_size(g.shape[2:], _each(output_padding, nd))
+        size = geometry.transposed_size(g.shape[-nd:], _each(output_padding, nd))
         # With an output padding of a stride or more, `size` has room for outputs that the input lacks: they are zero.
-        lacking = [o - n for o, n in zip(geometry.output_size(size), g.shape[2:], strict=True)]
+        lacking = [o - n for o, n in zip(geometry.output_size(size), g.shape[-nd:], strict=True)]
         g = F.pad(g, [width for n in reversed(lacking) for width in (0, n)]) if any(lacking) else g
-        return Convolution(g, weight, bias, geometry, size, True, input.dim() == nd + 1)
+        return Convolution(g, weight, bias, geometry, size, True, g.dim() == nd + 1)
 
     return read
 

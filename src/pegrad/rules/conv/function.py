@@ -48,10 +48,10 @@ def replacements(kernel: str | None = None) -> dict[Callable, Callable]:
 def _apply(convolution: Convolution, kernel: str | None) -> Tensor:
     convolution = convolution.autocast()
     call = Call(convolution.geometry, convolution.size, kernel)
-    y = (InputGradient if convolution.transposed else Value).apply(convolution.input, convolution.weight, call)
-    if convolution.bias is not None:
-        y = y + convolution.bias.reshape(-1, *[1] * (y.dim() - 2))
-    return convolution.finish(y)
+    x = convolution.input[None] if convolution.unbatched else convolution.input
+    y = (InputGradient if convolution.transposed else Value).apply(x, convolution.weight, call)
+    y = y if convolution.bias is None else y + convolution.offset(convolution.bias)
+    return y.squeeze(0) if convolution.unbatched else y  # indexing's backward would fill zeros and copy
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _fold(function: type, info: Any, in_dims: Dims, x: Tensor, w: Tensor, call: 
     if in_dims[1] is None:
         y = function.apply(x.flatten(0, 1), w, call)  # type: ignore[attr-defined]
         return y.unflatten(0, (batch, n)), 0
-    apart = replace(call, geometry=replace(call.geometry, groups=batch * call.geometry.groups))
+    apart = replace(call, geometry=call.geometry._replace(groups=batch * call.geometry.groups))
     w = w.movedim(in_dims[1], 0).flatten(0, 1)
     y = function.apply(x.movedim(1, 0).flatten(1, 2), w, apart)  # type: ignore[attr-defined]
     return y.unflatten(1, (batch, -1)).movedim(1, 0), 0

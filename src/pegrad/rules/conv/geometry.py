@@ -1,7 +1,7 @@
 """The geometry of one convolution call, and the three linear maps that a convolution consists of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ _CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Everything about a convolution but its tensors: one entry for each spatial axis.
 
     A convolution is bilinear in input and weight. Its value and its two derivatives are the methods below; each

@@ -17,10 +17,10 @@ def _rule(name: str, read: Callable[..., Convolution]) -> Rule:
         if not trace.is_parameter(call.weight) or not trace.is_batched(call.input) or not call.numel():
             return NotImplemented
         fused = call.bias if call.bias is not None and trace.is_parameter(call.bias) else None
-        images = call.input.shape[0]
+        images = 1 if call.unbatched else call.input.shape[0]
 
         def run(x: Tensor, tap: Tap) -> Tensor:
-            x = x.flatten(0, 1)
+            x = x if call.unbatched else x.flatten(0, 1)
             weight, bias = call.weight.detach(), None if fused is None else fused.detach()
             if call.transposed:
                 y = call.geometry.input_gradient(x, weight, call.size, bias)
@@ -30,12 +30,10 @@ def _rule(name: str, read: Callable[..., Convolution]) -> Rule:
             if fused is not None:
                 sites.append(Bias(fused, f"{name} bias", over_images(images)))
             y = tap(y, x, sites)
-            return y.reshape(-1, images, *y.shape[1:])
+            return y if call.unbatched else y.reshape(-1, images, *y.shape[1:])
 
         y = trace.record(run, call.input)
-        if call.bias is not None and fused is None:
-            y = y + call.bias.reshape(-1, *[1] * (y.dim() - 2))
-        return call.finish(y)
+        return y if call.bias is None or fused is not None else y + call.offset(call.bias)
 
     return rule
 
