@@ -15,9 +15,9 @@ made on the CPU and copied block by block. ChaCha20, for accelerators: it is pla
 noise is needed, copies nothing but the key, and compiles.
 
 ChaCha20 has been measured on a CPU alone, where AES is the faster: some ten times, operation by operation, and several
-times over many numbers when compiled (`benchmarks/noise.py`). On a GPU it is expected to be bound by the launches of its
-some 600 kernels where there are few numbers, and by memory where there are many; compiled, by memory, in some twenty
-kernels, since compilers do not fuse over the rotations of the state. None of that has been measured.
+times over many numbers when compiled (`benchmarks/noise.py`). On a GPU it is expected to be bound by the launches of
+its some 600 kernels where there are few numbers, and by memory where there are many; compiled, by memory, in twenty
+or so, since compilers do not fuse over the rotations of the state. None of that has been measured.
 
 Under either, the bits are the same on every device; the floating-point results may differ in the last places, as each
 device, and each compiler, has its own `log`, `cos` and `sin`. What Inductor compiles for a CPU has the same words, and
