@@ -22,6 +22,7 @@ from pegrad.numerics import arithmetic, without_autocast
 from pegrad.tracing.generators import Generators
 
 EAGERLY = "eagerly"
+_MANY = 500  # parts of tensors that a graph writes to, as the steps of a recurrent network do
 _ROUNDS = 5  # of each candidate, before one is preferred
 
 
@@ -116,9 +117,11 @@ def make(program: Program, call: Call, backend: Backend | None) -> tuple[Graph |
         for trial in trials:
             again()
             expected.append((trial.inputs, program.compared(trial.run())))
-        candidates = [backend] if backend else [Backend("eager"), Backend("inductor")]
         passed: dict[str, Graph] = {}
         rejected: list[str] = []
+        candidates = [backend] if backend else [Backend("eager"), Backend("inductor")]
+        if backend is None and recording.written_parts > _MANY:
+            rejected.append(f"{candidates.pop()} is not tried: it takes very long where so many parts are written to")
         while candidates:
             candidate = candidates.pop(0)
             try:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -38,6 +39,12 @@ class Recording:
     def operations(self) -> int:
         """How many there are in the graph."""
         return sum(node.op == "call_function" for node in self.graph.graph.nodes)
+
+    @property
+    def written_parts(self) -> int:
+        """How often the graph writes to a part of a tensor."""
+        written = [argument for node in self.graph.graph.nodes for argument in _written(node)]
+        return sum(_is_part(argument) for argument in written)
 
 
 Handed = Callable[[Any], Sequence[Tensor]]
@@ -182,6 +189,24 @@ class _Recorder(TorchDispatchMode):
 def _same(view: Tensor, of: Tensor) -> bool:
     """Tell whether a view is all of a tensor, as it lies in memory."""
     return view.shape == of.shape and view.stride() == of.stride() and view.storage_offset() == of.storage_offset()
+
+
+def _written(node: Node) -> list[Node]:
+    """Return the arguments that a node writes to."""
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return []
+    expected = node.target._schema.arguments
+    given = [*zip(expected, node.args, strict=False), *((a, node.kwargs.get(a.name)) for a in expected if a.kwarg_only)]
+    return [g for a, g in given if a.alias_info is not None and a.alias_info.is_write and isinstance(g, Node)]
+
+
+def _is_part(node: Node) -> bool:
+    """Tell whether a node is a view of another."""
+    if node.target is getitem and isinstance(node.args[0], Node):
+        return _is_part(node.args[0])
+    if not isinstance(node.target, OpOverload):
+        return False
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in node.target._schema.returns)
 
 
 _ATEN = torch.ops.aten
