@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Results(path, settings, options.device, fresh=options.fresh)
     how = {"effort": options.effort, "device": options.device}
     lines = [(row, optimizer) for row in workloads for optimizer in options.optimizers]
-    points = {
-        f"{row}/{optimizer}": partial(_measure, optimizer, workloads[row], **how) for row, optimizer in lines
-    }
+    points = {f"{row}/{optimizer}": partial(_measure, optimizer, workloads[row], **how) for row, optimizer in lines}
     runner.run(points, results)
     console = Console(width=120)
     for row, optimizer in lines:
@@ -66,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _table(title: str, point: Point) -> Table:
-    table = Table("whole step", "seconds", "× better native", "peak MB", "× memory", "compiled in, s", "pays after", "by")
+    table = Table(
+        "whole step", "seconds", "× better native", "peak MB", "× memory", "compiled in, s", "pays after", "by"
+    )
     table.title = title
     if "failure" in point:
         table.add_row(point["failure"])

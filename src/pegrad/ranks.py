@@ -15,8 +15,8 @@ class ClippedSum(Protocol):
     """What a step needs of a clipped gradient: `pegrad.ClippedGrad`, or one whose sum is taken over many ranks."""
 
     @property
-    def sensitivity(self) -> float:
-        """How far one example can move what `finish` returns."""
+    def sensitivity(self) -> float | Tensor:
+        """How far one example can move what `finish` returns; while a step becomes a graph, a scalar of it."""
 
     @property
     def normalize_by(self) -> float:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from statistics import median
 from typing import Any
@@ -198,7 +199,7 @@ def _measured(program: Program, call: Call, graphs: Mapping[str, Graph]) -> dict
     call = Call(*_copies(call)) if program.handed_over else call  # which the graphs go on from
     ways: dict[str, Callable[[], Any]] = {EAGERLY: lambda: program.eagerly(call)}
     for name, graph in graphs.items():
-        ways[name] = lambda graph=graph: run(program, call, program.inputs(call), graph)
+        ways[name] = partial(_run_anew, program, call, graph)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(_ROUNDS):
         for name, way in ways.items():
@@ -207,6 +208,10 @@ def _measured(program: Program, call: Call, graphs: Mapping[str, Graph]) -> dict
             _synchronise()
             times[name].append(time.perf_counter() - begun)
     return {name: median(found) for name, found in times.items()}
+
+
+def _run_anew(program: Program, call: Call, graph: Graph) -> None:
+    run(program, call, program.inputs(call), graph)
 
 
 def _copies(tree: Any) -> Any:

@@ -25,8 +25,9 @@ class Trial(NamedTuple):
 class Program(Protocol):
     """A call that can be compiled."""
 
-    handed_over: tuple[Handed, Handed] | None
-    """See `pegrad.compiling.recording.record`."""
+    @property
+    def handed_over(self) -> tuple[Handed, Handed] | None:
+        """See `pegrad.compiling.recording.record`."""
 
     def eagerly(self, call: Call) -> Any:
         """Make the call without any graph."""
