@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pegrad.errors import ArgumentError
 from pegrad.numerics import contract
-from pegrad.tracing.batched import transformed
+from pegrad.torch_internals import transformed
 
 
 class Weighting(Protocol):

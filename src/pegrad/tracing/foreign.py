@@ -1,12 +1,7 @@
 """See when the loss calls `torch.utils.checkpoint`, before it has gone wrong."""
 
-from typing import Any
-
-import torch
-
 from pegrad.errors import StrategyError
-
-_TOP: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+from pegrad.torch_internals import saved_tensors_hooks
 
 
 def refuse_checkpoint() -> None:
@@ -18,7 +13,7 @@ def refuse_checkpoint() -> None:
     Raises:
         StrategyError: it is.
     """
-    hooks = _TOP(True)
+    hooks = saved_tensors_hooks()
     if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
         raise StrategyError(
             "The loss calls torch.utils.checkpoint, which runs it again when functional_call has given the module its "
