@@ -8,7 +8,7 @@ once. Nothing here brings the compiler along: what needs it is imported by those
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -143,12 +143,11 @@ without_overrides: Callable[[], AbstractContextManager[None]] = _needed("_C.Disa
 function_modes: Callable[[], list[TorchFunctionMode]] = _needed("overrides._get_current_function_mode_stack")
 """Return the modes that see calls of PyTorch's functions, the outermost first."""
 
-_top_hooks: Callable[[bool], Any] = _needed("_C._autograd._top_saved_tensors_default_hooks")
-
-
-def saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """Return the innermost pair of hooks on what autograd saves, `torch.autograd.graph.saved_tensors_hooks`'s."""
-    return _top_hooks(True)  # while something is traced too
+saved_tensors_hooks: Callable[[], tuple[Callable[..., Any], Callable[..., Any]] | None] = partial(
+    _needed("_C._autograd._top_saved_tensors_default_hooks"),
+    True,  # while something is traced too
+)
+"""Return the innermost pair of hooks on what autograd saves, `torch.autograd.graph.saved_tensors_hooks`'s."""
 
 
 # A tensor, its memory, its graph.
