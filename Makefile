@@ -3,7 +3,8 @@
 # PyTorch. `make test-newest` and `make test-oldest` run those alone.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+PYTEST_OPTIONS := -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+PYTEST := $(BIN)/python $(PYTEST_OPTIONS)
 READY := .venv/.ready
 
 # The oldest PyTorch that pyproject.toml admits, and the newest that there is; all else as in .venv.
@@ -35,7 +36,7 @@ test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --upgrade --constraint .venv-$*/constraints.txt \
 		--editable ".[dev]" "$($*)"
 	.venv-$*/bin/python -c "import sys, numpy, torch; print(f'{sys.version=} {numpy.__version__=} {torch.__version__=}')"
-	.venv-$*/bin/python -m pytest $(ON_ANY_TORCH)
+	.venv-$*/bin/python $(PYTEST_OPTIONS) $(ON_ANY_TORCH)
 
 lint: $(READY)
 	$(BIN)/ruff check .

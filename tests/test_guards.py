@@ -15,7 +15,7 @@ import pegrad
 # PyTorch says the first of some batching rules, and the second of itself when it decomposes for forward mode.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
 ]
 
 STRATEGIES = [*pegrad.STRATEGIES]

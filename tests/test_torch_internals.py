@@ -5,6 +5,7 @@ A version of PyTorch that changes one of these names fails here, with a sentence
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -132,6 +133,19 @@ def test_every_name_is_pinned():
     assert {name for name in names if not name.startswith("_")} == PINNED
 
 
+def test_the_versions_are_the_same_everywhere():
+    """Catches: a README, an environment and an error that speak of different versions of PyTorch."""
+    oldest, newest = internals.VERSIONS.split(" to ")
+    project, pins, readme = (ROOT / name for name in ("pyproject.toml", "constraints.txt", "README.md"))
+    text = " ".join(readme.read_text(encoding="utf-8").split())
+    pinned = re.search(r"^torch==(\S+)$", pins.read_text(encoding="utf-8"), re.MULTILINE)
+    assert f'"torch>={oldest}"' in project.read_text(encoding="utf-8")
+    assert f"PyTorch {oldest} or newer" in text
+    assert pinned
+    assert f"`make test` runs under {pinned[1]}," in text
+    assert re.search(rf"ran under {oldest}\.\d+ and {newest}\.\d+\.", text)
+
+
 def test_a_name_that_is_missing_is_said_so():
     """Catches: an AttributeError of PyTorch's, of which a user would not know whose fault it is."""
     with pytest.raises(ImportError, match=r"torch 2.* has no torch\._C\._gone, which pegrad needs: install torch 2\."):
@@ -203,7 +217,7 @@ def test_transforms_are_peeled_off_and_put_back():
     assert (internals.hidden_axis(batch), internals.level_of(batch)) == (-1, -1)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by PyTorch's own jvp
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch's own jvp
 @pins("level", "transformed", "differentiated", "vmaps", "innermost_vmap", "innermost_grad")
 def test_transforms_that_run_are_known():
     """Whoever asks is told which transforms of torch.func run, how deep, and their batches."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-VERSIONS = "2.11 to 2.13"
+VERSIONS = "2.11 to 2.14"
 """The versions of PyTorch that pegrad's tests have passed under."""
 
 
