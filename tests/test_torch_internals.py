@@ -297,13 +297,13 @@ def test_a_tensor_may_be_made_to_require_a_gradient():
         with internals.changing_requires_grad():
             y = x.detach().requires_grad_()
         assert y.requires_grad
+        with pytest.raises(RuntimeError, match="requires_grad_"):  # as before
+            x.detach().requires_grad_()
         return y.sum() * x.sum()
 
     with pytest.raises(RuntimeError, match="requires_grad_"):
         grad(refused)(torch.ones(2))
     assert torch.equal(grad(allowed)(torch.ones(2)), torch.full((2,), 2.0))
-    with pytest.raises(RuntimeError, match="requires_grad_"):  # as before
-        grad(refused)(torch.ones(2))
 
 
 class Seen(TorchFunctionMode):
@@ -417,11 +417,12 @@ def test_nodes_of_a_function_of_ones_own_are_known():
 @pins("PACK", "PAD")
 def test_packing_is_seen():
     """What packs sequences calls `PACK`, and what unpacks them `PAD`, where a mode sees it."""
-    with Seen() as mode:
+    with Seen() as packing:
         packed = nn.utils.rnn.pack_padded_sequence(torch.ones(2, 3, 1), [3, 2], batch_first=True)
+    with Seen() as unpacking:
         nn.utils.rnn.pad_packed_sequence(packed)
-    assert internals.PACK.__name__ in mode.names
-    assert internals.PAD.__name__ in mode.names
+    assert internals.PACK.__name__ in packing.names
+    assert internals.PAD.__name__ in unpacking.names
 
 
 @pins("ALIGNED")
