@@ -14,7 +14,7 @@ newest := torch
 ON_ANY_TORCH := $(addprefix tests/test_, \
 	torch_internals.py rules.py decompositions.py recurrent.py conv_kernels.py strategies.py transforms.py nested.py \
 	inlining.py guards.py failures.py fallback.py paths.py views.py joint.py odd_uses.py checkpoint.py modules.py \
-	clipping_kinds.py statistics.py sensitivity.py random.py dp_sgd.py accumulation.py)
+	clipping_kinds.py statistics.py sensitivity.py random.py dp_sgd.py accumulation.py readme.py) tests/distributed src
 
 .PHONY: demo test test-all test-newest test-oldest lint types clean
 

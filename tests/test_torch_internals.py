@@ -360,6 +360,22 @@ def test_hooks_on_what_is_saved_are_known():
     refuse_checkpoint()  # outside it raises nothing
 
 
+@pins("SAVES_INPUTS")
+def test_a_checkpoint_is_seen_under_vmap():
+    """Under `vmap` torch.utils.checkpoint lets its hooks be seen, or fails by a function that is called so."""
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(internals.saved_tensors_hooks()[0].__module__)
+        return x.sin()
+
+    try:
+        vmap(lambda x: torch.utils.checkpoint.checkpoint(look, x, use_reentrant=False))(torch.ones(3, 2))
+    except RuntimeError as error:
+        seen.append(internals.SAVES_INPUTS in str(error))
+    assert seen in (["torch.utils.checkpoint"], [True])
+
+
 @pins("is_view", "unsafe_view")
 def test_views_are_known_and_can_be_avoided():
     """`view` gives a view to autograd, `unsafe_view` the same numbers in the same memory, which are none to it."""

@@ -149,6 +149,9 @@ saved_tensors_hooks: Callable[[], tuple[Callable[..., Any], Callable[..., Any]] 
 )
 """Return the innermost pair of hooks on what autograd saves, `torch.autograd.graph.saved_tensors_hooks`'s."""
 
+SAVES_INPUTS = "_NoopSaveInputs"
+"""The function by which `torch.utils.checkpoint` keeps its arguments in PyTorch 2.11, and which no transform knows."""
+
 
 # A tensor, its memory, its graph.
 

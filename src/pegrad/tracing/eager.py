@@ -47,15 +47,16 @@ def outermost(function: F) -> F:
 
     What it is given may be there only once, as the batches of a loader are. It must not run a loss by itself.
     """
-    apart: list[Callable[..., Any]] = []
+    apart: Callable[..., Any] | None = None
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal apart
         if DYNAMO not in sys.modules:
             return recorded(*args, **kwargs)
-        if not apart:
-            apart.append(torch.compiler.disable(compiled_eagerly, reason=_REASON))
-        return apart[0](*args, **kwargs)
+        if apart is None:
+            apart = torch.compiler.disable(compiled_eagerly, reason=_REASON)
+        return apart(*args, **kwargs)
 
     def compiled_eagerly(*args: Any, **kwargs: Any) -> Any:
         with _forced_eager():

@@ -1,7 +1,7 @@
 """See when the loss calls `torch.utils.checkpoint`, before it has gone wrong."""
 
 from pegrad.errors import StrategyError
-from pegrad.torch_internals import saved_tensors_hooks
+from pegrad.torch_internals import SAVES_INPUTS, saved_tensors_hooks
 
 
 def refuse_checkpoint() -> None:
@@ -20,3 +20,8 @@ def refuse_checkpoint() -> None:
             "own weights back: call pegrad.checkpoint in its place (for a model of Hugging Face's, "
             "model._set_gradient_checkpointing(gradient_checkpointing_func=pegrad.checkpoint))"
         )
+
+
+def of_checkpoint(error: Exception) -> bool:
+    """Tell whether an error comes of `torch.utils.checkpoint`, before its hooks are in force: so in PyTorch 2.11."""
+    return SAVES_INPUTS in str(error)

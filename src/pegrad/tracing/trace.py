@@ -34,7 +34,7 @@ from pegrad.rules.recurrent import BY_STEPS
 from pegrad.rules.site import Rule, Shape, Site
 from pegrad.torch_internals import differentiated, is_batched, is_tracked, is_view, level, lowered, unsafe_view
 from pegrad.tracing.batched import on_physical_batch, physical
-from pegrad.tracing.foreign import refuse_checkpoint
+from pegrad.tracing.foreign import of_checkpoint, refuse_checkpoint
 from pegrad.tracing.inlining import inlined
 from pegrad.tracing.inner_grad import SET_REQUIRES_GRAD, Differentiates, inner_grad, require_grad
 from pegrad.tracing.journal import Journal, kept, once
@@ -252,6 +252,8 @@ class Trace(TorchFunctionMode):
             return func(*args, **kwargs)
         except Exception as error:
             if nested or writes(name) or isinstance(error, PegradError) or not can_separate(func, kwargs):
+                raise
+            if of_checkpoint(error):
                 raise
             try:
                 return row_by_row(self._inquiry, self._aliases, func, args, kwargs)
