@@ -799,7 +799,10 @@ def test_what_the_plain_loop_cannot_do_either_is_said_in_its_words(loss, message
 @pytest.mark.parametrize(
     ("loss", "message", "strategies"),
     [
-        (_checkpoint, "torch.utils.checkpoint", STRATEGIES),
+        pytest.param(
+            *(_checkpoint, "torch.utils.checkpoint", STRATEGIES),
+            marks=pytest.mark.skipif(torch.__version__ < "2.12", reason="PyTorch 2.11 leaves its hooks in force"),
+        ),
         (_write_into_shared, "writes in place to a shared tensor", TRANSFORMED),
         (_write_into_made, "writes", TRANSFORMED),
         (_mul_into_made, "writes", TRANSFORMED),
