@@ -363,3 +363,4 @@ def test_torchs_own_is_refused_by_name(strategy, inputs):
     params = {name: r(*p.shape) for name, p in outer.named_parameters()}
     with pytest.raises(pegrad.StrategyError, match=r"pegrad\.checkpoint"):
         pegrad.per_example_norm(lambda p, x: functional_call(outer, p, (x,)), strategy=strategy)(params, r(B, D))
+    gc.collect()  # PyTorch 2.11 takes its hooks away when the error is gone

@@ -146,9 +146,10 @@ def test_a_loss_that_calls_autograd_itself(strategy):
     [
         (lambda p, x: (p["w"] * x).tolist()[0] * p["w"].sum(), r"\.tolist\(\)"),
         (lambda p, x: (p["w"] * torch.from_numpy(x.numpy())).sum(), r"\.numpy\(\)"),
-        (
+        pytest.param(
             lambda p, x: checkpoint(lambda t: (t * p["w"]).sin(), x, use_reentrant=False).sum(),
             r"torch\.utils\.checkpoint",
+            marks=pytest.mark.skipif(torch.__version__ < "2.12", reason="PyTorch 2.11 leaves its hooks in force"),
         ),
     ],
 )
