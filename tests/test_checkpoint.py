@@ -345,6 +345,8 @@ def test_an_argument_changed_in_place_is_refused(strategy):
 @pytest.mark.parametrize("inputs", ["examples", "parameters"])
 def test_torchs_own_is_refused_by_name(strategy, inputs):
     """Catches: `functional_call` with `torch.utils.checkpoint`, which differentiates the module's own weights."""
+    if torch.__version__ < "2.12" and strategy in {"vmap", "grouped_conv"}:
+        pytest.skip("PyTorch 2.11 leaves a checkpoint's hooks in force where `vmap` fails, and then fails itself")
 
     class Outer(nn.Module):
         def __init__(self):
@@ -361,3 +363,4 @@ def test_torchs_own_is_refused_by_name(strategy, inputs):
     params = {name: r(*p.shape) for name, p in outer.named_parameters()}
     with pytest.raises(pegrad.StrategyError, match=r"pegrad\.checkpoint"):
         pegrad.per_example_norm(lambda p, x: functional_call(outer, p, (x,)), strategy=strategy)(params, r(B, D))
+    gc.collect()  # PyTorch 2.11 takes its hooks away when the error is gone

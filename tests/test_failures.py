@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import oracle
 import pegrad
 from pegrad.strategies import naive
+from pegrad.torch_internals import transformed
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
@@ -145,9 +146,10 @@ def test_a_loss_that_calls_autograd_itself(strategy):
     [
         (lambda p, x: (p["w"] * x).tolist()[0] * p["w"].sum(), r"\.tolist\(\)"),
         (lambda p, x: (p["w"] * torch.from_numpy(x.numpy())).sum(), r"\.numpy\(\)"),
-        (
+        pytest.param(
             lambda p, x: checkpoint(lambda t: (t * p["w"]).sin(), x, use_reentrant=False).sum(),
             r"torch\.utils\.checkpoint",
+            marks=pytest.mark.skipif(torch.__version__ < "2.12", reason="PyTorch 2.11 leaves its hooks in force"),
         ),
     ],
 )
@@ -177,7 +179,7 @@ def test_no_example_is_in_the_message(strategy):
     """Catches: private data in a message, where a loss puts them into an exception that only a strategy sees."""
 
     def loss(params, x):
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if transformed():
             raise ValueError(f"cannot compare {SECRET}")
         return (params["w"] * x).sum()
 
@@ -199,7 +201,7 @@ def test_running_out_of_memory_is_not_the_strategys_fault(strategy):
     """Catches: advice to use a loop, where a smaller micro-batch is what helps."""
 
     def loss(params, x):
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if transformed():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return (params["w"] * x).sum()
 

@@ -15,7 +15,7 @@ from cases import r
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),  # in torch's own tangents
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),  # in torch's own tangents
 ]
 
 B, A, D = 3, 4, 6

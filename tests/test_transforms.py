@@ -59,7 +59,7 @@ def test_vmap_over_models(strategy, problem):
         torch.testing.assert_close([g[m] for g in together], alone, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # in torch's own tangents
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # in torch's own tangents
 @pytest.mark.parametrize("strategy", DIFFERENTIABLE)
 def test_forward_mode_over_reverse_mode(strategy, problem):
     """Catches: a missing or wrong tangent rule."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import _get_current_function_mode_stack
 
 from pegrad import trees
 from pegrad.errors import LossError
-from pegrad.tracing.batched import differentiated, physical
+from pegrad.torch_internals import differentiated, function_modes
+from pegrad.tracing.batched import physical
 from pegrad.tracing.journal import Journal
 from pegrad.tracing.surroundings import Surroundings
 from pegrad.tracing.trace import Trace
@@ -131,7 +131,7 @@ class _Checkpoint:
 
 
 def _traces() -> list[Trace]:
-    return [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Trace)]
+    return [mode for mode in function_modes() if isinstance(mode, Trace)]
 
 
 @contextmanager

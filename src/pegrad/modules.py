@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from pegrad import trees
 from pegrad.errors import ArgumentError, LeafError, LossError
+from pegrad.torch_internals import BatchNorm, InstanceNorm
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -222,11 +221,11 @@ def replace_batch_norm(module: nn.Module, *, groups: int = 32) -> nn.Module:
         raise ArgumentError(f"Expected groups to be a whole number >= 1, got groups={groups}")
     _refuse_lazy(module)
     module = deepcopy(module)
-    if isinstance(module, _BatchNorm | _InstanceNorm):
+    if isinstance(module, BatchNorm | InstanceNorm):
         return _as_group_norm("module", module, groups)
     replacements: dict[nn.Module, nn.Module] = {}  # a shared normalisation stays shared
     for name, child in list(module.named_modules(remove_duplicate=False)):
-        if isinstance(child, _BatchNorm | _InstanceNorm):
+        if isinstance(child, BatchNorm | InstanceNorm):
             if child not in replacements:
                 replacements[child] = _as_group_norm(name, child, groups)
             parent, _, attribute = name.rpartition(".")
@@ -234,8 +233,8 @@ def replace_batch_norm(module: nn.Module, *, groups: int = 32) -> nn.Module:
     return module
 
 
-def _as_group_norm(name: str, norm: _BatchNorm | _InstanceNorm, groups: int) -> nn.Module:
-    if isinstance(norm, _InstanceNorm) and not norm.track_running_stats:
+def _as_group_norm(name: str, norm: BatchNorm | InstanceNorm, groups: int) -> nn.Module:
+    if isinstance(norm, InstanceNorm) and not norm.track_running_stats:
         return norm
     if type(norm).__module__.partition(".")[0] != "torch":
         raise ArgumentError(
@@ -243,7 +242,7 @@ def _as_group_norm(name: str, norm: _BatchNorm | _InstanceNorm, groups: int) -> 
             "by nn.GroupNorm"
         )
     channels = norm.num_features
-    if isinstance(norm, _InstanceNorm):
+    if isinstance(norm, InstanceNorm):
         groups = channels
     else:
         groups = max(
@@ -299,8 +298,8 @@ def _check_names(params: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> No
 def _refuse_coupling(module: nn.Module) -> None:
     """Refuse normalisations that take statistics from the batch, or keep them."""
     for name, child in module.named_modules():
-        batch = isinstance(child, _BatchNorm) and (child.training or child.running_mean is None)
-        instance = isinstance(child, _InstanceNorm) and child.training and child.track_running_stats
+        batch = isinstance(child, BatchNorm) and (child.training or child.running_mean is None)
+        instance = isinstance(child, InstanceNorm) and child.training and child.track_running_stats
         if batch or instance:
             raise LossError(
                 f"The module{name and '.'}{name} is a {type(child).__name__} that takes its statistics from the batch, "

@@ -45,6 +45,7 @@ from pegrad import aes, chacha, trees
 from pegrad.box_muller import PRECISION, precision_of, uniform_of
 from pegrad.errors import ArgumentError, LeafError
 from pegrad.keys import (
+from pegrad.torch_internals import without_subclasses
     KEY_BYTES,
     Key,
     check_key,
@@ -479,7 +480,7 @@ def _groups(looks: Sequence[_Look]) -> Iterator[list[int]]:
 
 def _drawn_together(derived: Tensor, looks: Sequence[_Look]) -> list[Tensor]:
     """Draw leaves from their derived keys, one a row: by ChaCha20 all of one kind at once."""
-    with torch._C.DisableTorchFunctionSubclass():  # what comes of a `Key` is a plain tensor, as tracers want them
+    with without_subclasses():  # what comes of a `Key` is a plain tensor, as tracers want them
         rows = derived.unbind()
     drawn: dict[int, Tensor] = {}
     kinds: dict[tuple, list[int]] = {}

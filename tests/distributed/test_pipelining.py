@@ -102,6 +102,10 @@ def reference(number: int, clipping: str, batch: Any, mask: Any, dtype: torch.dt
     return function(params_of(number, dtype), batch, mask)
 
 
+STAGES_OF_ONE_PROCESS = pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="PyTorch 2.11 sends what one stage gives another of its own process"
+)
+
 CASES = [
     ("GPipe", 2, 2),
     ("GPipe", 4, 4),
@@ -111,11 +115,12 @@ CASES = [
     ("Interleaved1F1B", 4, 4),
     ("InterleavedZeroBubble", 2, 4),
     ("InterleavedZeroBubble", 4, 4),
-    ("Interleaved1F1B", 1, 2),
 ]
 
 
-@pytest.mark.parametrize(("schedule", "ranks", "number"), CASES)
+@pytest.mark.parametrize(
+    ("schedule", "ranks", "number"), [*CASES, pytest.param("Interleaved1F1B", 1, 2, marks=STAGES_OF_ONE_PROCESS)]
+)
 def test_every_schedule_gives_the_clipped_sum_of_the_composed_loss(
     pool: Pool, schedule: str, ranks: int, number: int
 ) -> None:
@@ -178,6 +183,7 @@ def test_padding_contributes_nothing_whatever_it_holds(pool: Pool) -> None:
     assert all(answer[3] == 0 and not answer[1][~MASK.numpy()].any() for answer in answers)
 
 
+@STAGES_OF_ONE_PROCESS
 def test_the_number_of_ranks_changes_no_bit(pool: Pool) -> None:
     batch = batch_of(8, torch.float32)
     args = (4, "flat", "Interleaved1F1B", 2, batch, MASK, torch.float32)
@@ -451,6 +457,7 @@ def changing(params: Any, image: Tensor) -> Tensor:
 CALLS: list[None] = []
 
 
+@STAGES_OF_ONE_PROCESS
 def test_an_output_of_another_shape_than_was_agreed_is_refused(pool: Pool) -> None:
     change = {"stages": [changing, last], "schedule": "Interleaved1F1B"}
     (answer,) = pool.run(refused, 1, change, {"params": params_of(2)})

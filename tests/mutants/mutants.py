@@ -1912,9 +1912,9 @@ MUTANTS = [
         "norms and losses of other examples",
     ),
     Mutant(
-        "tracing/writes.py",
-        "count(tensor.untyped_storage()._cdata) > 2",
-        "count is None",
+        "torch_internals.py",
+        "_use_count is None or _use_count(tensor.untyped_storage()._cdata) > 2",
+        "_use_count is None",
         "test_fallback.py -k steps_down_and_says_why and detached",
         "what shares a tensor's memory misses what is written to it",
     ),

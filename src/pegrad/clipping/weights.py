@@ -10,7 +10,7 @@ from torch import Tensor
 from pegrad.assumptions import any_row
 from pegrad.errors import ArgumentError
 from pegrad.numerics import contract
-from pegrad.tracing.batched import transformed
+from pegrad.torch_internals import transformed
 
 
 class Weighting(Protocol):

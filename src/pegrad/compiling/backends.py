@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pegrad.errors import ArgumentError, CompileError
+from pegrad.torch_internals import compiler, inductor_settings
 
 Runs = Callable[..., Sequence[Tensor]]
 """From tensors to tensors."""
@@ -19,7 +20,7 @@ class Backend(NamedTuple):
     """A compiler, and what is switched off in it."""
 
     name: str
-    """A key of `torch._dynamo.list_backends`: `inductor`, `aot_eager`, `cudagraphs`, ...; `eager` runs the graph as it
+    """One that `torch.compile` knows: `inductor`, `aot_eager`, `cudagraphs`, ...; `eager` runs the graph as it
     is, operation by operation."""
     without: tuple[str, ...] = ()
     """Settings of Inductor that are switched off."""
@@ -40,10 +41,8 @@ class Backend(NamedTuple):
         """
         if self.name == "eager":
             return graph
-        from torch._dynamo import lookup_backend
-
         try:
-            compile_graph = lookup_backend(self.name)
+            compile_graph = compiler(self.name)
         except Exception as error:
             raise ArgumentError(f"Expected backend to be known to torch.compile, got {self.name!r}") from error
         try:
@@ -63,7 +62,5 @@ def _settings(backend: Backend) -> Iterator[None]:
     if backend.name != "inductor":
         yield
         return
-    from torch._inductor import config
-
-    with config.patch({"fallback_random": True, **dict.fromkeys(backend.without, False)}):
+    with inductor_settings({"fallback_random": True, **dict.fromkeys(backend.without, False)}):
         yield

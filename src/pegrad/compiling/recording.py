@@ -12,15 +12,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pegrad import trees
 from pegrad.assumptions import Assumptions, assuming
 from pegrad.compiling.pieces import Pieces
 from pegrad.errors import CompileError, PegradError
+from pegrad.torch_internals import Operation, TorchDispatchMode, import_compiler, returns_view, unsafe_view, written
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +63,7 @@ def record(function: Callable[[Any], Any], inputs: Any, handed_over: tuple[Hande
         CompileError: what the function does depends on numbers in a way that no graph can follow.
         PegradError: as the function.
     """
-    import torch._dynamo  # or a backward pass imports it halfway, and `eager` starts the call anew
-
+    import_compiler()  # or a backward pass imports it halfway, and `eager` starts the call anew
     structure, tensors = Pieces.of(inputs)
     plain = [t.detach().as_subclass(Tensor) for t in tensors]
     assumptions = Assumptions()
@@ -119,7 +117,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._assumptions.paused:
             return func(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = trees.flatten((args, kwargs))
         nodes = [self._nodes.get(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
         if any(nodes):
             if torch.Tag.data_dependent_output in func.tags:
@@ -142,7 +140,7 @@ class _Recorder(TorchDispatchMode):
         if func in _VIEWS and _same(result, args[0]):
             self._nodes[result] = given[0]
         else:
-            self._note(result, self._graph.call_function(func, *tree_unflatten(given, spec)))
+            self._note(result, self._graph.call_function(func, *trees.unflatten(spec, given)))
         return result
 
     def finished(self, outputs: list[Tensor]) -> GraphModule:
@@ -191,27 +189,25 @@ def _same(view: Tensor, of: Tensor) -> bool:
     return view.shape == of.shape and view.stride() == of.stride() and view.storage_offset() == of.storage_offset()
 
 
-def _written(node: Node) -> list[Node]:
+def _written(node: Node) -> list[Any]:
     """Return the arguments that a node writes to."""
-    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+    if not isinstance(node.target, Operation):
         return []
-    expected = node.target._schema.arguments
-    given = [*zip(expected, node.args, strict=False), *((a, node.kwargs.get(a.name)) for a in expected if a.kwarg_only)]
-    return [g for a, g in given if a.alias_info is not None and a.alias_info.is_write and isinstance(g, Node)]
+    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in written(node.target)]
 
 
-def _is_part(node: Node) -> bool:
-    """Tell whether a node is a view of another."""
-    if node.target is getitem and isinstance(node.args[0], Node):
-        return _is_part(node.args[0])
-    if not isinstance(node.target, OpOverload):
+def _is_part(argument: Any) -> bool:
+    """Tell whether an argument is a view of another tensor."""
+    if not isinstance(argument, Node):
         return False
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in node.target._schema.returns)
+    if argument.target is getitem:
+        return _is_part(argument.args[0])
+    return isinstance(argument.target, Operation) and returns_view(argument.target)
 
 
 _ATEN = torch.ops.aten
 _VIEWS = {
-    *(_ATEN.detach.default, _ATEN.alias.default, _ATEN.view.default, _ATEN._unsafe_view.default),
+    *(_ATEN.detach.default, _ATEN.alias.default, _ATEN.view.default, unsafe_view.default),
     *(_ATEN.slice.Tensor, _ATEN.expand.default, _ATEN.permute.default, _ATEN.transpose.int),
 }
 

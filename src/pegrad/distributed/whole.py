@@ -8,7 +8,7 @@ from torch import Tensor
 from pegrad.distributed.groups import Group, Mesh, group_of
 from pegrad.distributed.sharding import Rows
 from pegrad.errors import ArgumentError, LossError
-from pegrad.tracing.batched import is_batched, is_tracked, transformed
+from pegrad.torch_internals import is_batched, is_tracked, transformed
 from pegrad.tracing.lineage import isometry
 
 

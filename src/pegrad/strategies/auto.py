@@ -12,7 +12,7 @@ from pegrad.strategies.base import Strategy
 from pegrad.strategies.book_keeping import BookKeeping
 from pegrad.strategies.fallback import stepping_down
 from pegrad.strategies.grouped_conv import GroupedConv
-from pegrad.tracing.batched import transformed
+from pegrad.torch_internals import transformed
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from pegrad.errors import PegradError, StrategyError
 from pegrad.problem import Problem
 from pegrad.strategies.base import Strategy
 from pegrad.strategies.naive import Naive
-from pegrad.tracing.batched import transformed
+from pegrad.torch_internals import transformed
 from pegrad.tracing.explanations import explanation
 from pegrad.tracing.questions import Split
 

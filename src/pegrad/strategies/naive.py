@@ -15,7 +15,7 @@ from pegrad.reductions.base import Reduction
 from pegrad.reductions.stack import Stack
 from pegrad.rules.recurrent import PACKED_BY_STEPS
 from pegrad.strategies.base import Stacking
-from pegrad.tracing.batched import transformed
+from pegrad.torch_internals import transformed
 from pegrad.tracing.foreign import refuse_checkpoint
 from pegrad.tracing.interception import Interception
 

@@ -22,7 +22,7 @@ from pegrad.problem import FlatLoss, Leaves, Problem, Values
 from pegrad.reductions.base import Reduction
 from pegrad.reductions.stack import Stack
 from pegrad.strategies.base import Strategy
-from pegrad.tracing.batched import transformed
+from pegrad.torch_internals import transformed
 from pegrad.tracing.generators import Generators
 from pegrad.tracing.loss import IndependentError
 from pegrad.tracing.questions import Split

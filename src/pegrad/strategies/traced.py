@@ -16,7 +16,7 @@ from pegrad.reductions.base import Receiver, Reduction
 from pegrad.rules import RULES
 from pegrad.rules.site import Rule
 from pegrad.strategies.base import Strategy
-from pegrad.tracing.batched import transformed
+from pegrad.torch_internals import transformed
 from pegrad.tracing.taps import Tapped
 from pegrad.tracing.trace import Trace
 

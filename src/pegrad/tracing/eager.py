@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pegrad.torch_internals import DYNAMO
 from pegrad.tracing.generators import Generators
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,11 +30,11 @@ def eager(function: F) -> F:
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" in sys.modules:
+        if DYNAMO in sys.modules:
             return once(*args, **kwargs)
         generators = Generators.now()
         result = once(*args, **kwargs)
-        if "torch._dynamo" in sys.modules:  # the loss itself may just have compiled something, and not been seen whole
+        if DYNAMO in sys.modules:  # the loss itself may just have compiled something, and not been seen whole
             generators.restore()
             return once(*args, **kwargs)
         return result
@@ -46,15 +47,16 @@ def outermost(function: F) -> F:
 
     What it is given may be there only once, as the batches of a loader are. It must not run a loss by itself.
     """
-    apart: list[Callable[..., Any]] = []
+    apart: Callable[..., Any] | None = None
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
+        nonlocal apart
+        if DYNAMO not in sys.modules:
             return recorded(*args, **kwargs)
-        if not apart:
-            apart.append(torch.compiler.disable(compiled_eagerly, reason=_REASON))
-        return apart[0](*args, **kwargs)
+        if apart is None:
+            apart = torch.compiler.disable(compiled_eagerly, reason=_REASON)
+        return apart(*args, **kwargs)
 
     def compiled_eagerly(*args: Any, **kwargs: Any) -> Any:
         with _forced_eager():

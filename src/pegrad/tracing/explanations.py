@@ -2,6 +2,8 @@
 
 import re
 
+from pegrad.torch_internals import SAVES_INPUTS
+
 _IN_PLACE = "The loss writes in place to {}: build a new tensor instead (torch.stack, torch.where, a + b)"
 _ASKS = (
     "The loss asks a tensor for its value (if, while, float(), .item()), and examples may give different answers: "
@@ -38,6 +40,11 @@ _EXPLANATIONS = (
         "The loss calls a torch.autograd.Function whose forward takes ctx (torch.utils.checkpoint with "
         "use_reentrant=True is one, and so are module backward hooks): split forward and setup_context, and set "
         "generate_vmap_rule = True; for checkpointing, call pegrad.checkpoint",
+    ),
+    (
+        SAVES_INPUTS,
+        "The loss calls torch.utils.checkpoint, which no transform of torch.func supports: call pegrad.checkpoint in "
+        "its place",
     ),
     (
         "does not have vmap support",

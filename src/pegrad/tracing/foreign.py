@@ -1,12 +1,7 @@
 """See when the loss calls `torch.utils.checkpoint`, before it has gone wrong."""
 
-from typing import Any
-
-import torch
-
 from pegrad.errors import StrategyError
-
-_TOP: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+from pegrad.torch_internals import SAVES_INPUTS, saved_tensors_hooks
 
 
 def refuse_checkpoint() -> None:
@@ -18,10 +13,15 @@ def refuse_checkpoint() -> None:
     Raises:
         StrategyError: it is.
     """
-    hooks = _TOP(True)
+    hooks = saved_tensors_hooks()
     if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
         raise StrategyError(
             "The loss calls torch.utils.checkpoint, which runs it again when functional_call has given the module its "
             "own weights back: call pegrad.checkpoint in its place (for a model of Hugging Face's, "
             "model._set_gradient_checkpointing(gradient_checkpointing_func=pegrad.checkpoint))"
         )
+
+
+def of_checkpoint(error: Exception) -> bool:
+    """Tell whether an error comes of `torch.utils.checkpoint`, before its hooks are in force: so in PyTorch 2.11."""
+    return SAVES_INPUTS in str(error)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pegrad.errors import StrategyError
-from pegrad.tracing.batched import is_batched, level, lowered, peeled, physical, wrapped
+from pegrad.torch_internals import is_batched, level, lowered, wrapped
+from pegrad.tracing.batched import peeled, physical
 
 SET_REQUIRES_GRAD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from pegrad.torch_internals import backward_node
+
 # What these do to a gradient on its way back leaves its norm alone: each has one input, of which it permutes, reshapes
 # or casts every number, or picks some, each at most once. Whole names: a user's own `autograd.Function` called
 # `Transpose` is the node `TransposeBackward`, and a name that PyTorch adds one day must be read before it is believed.
@@ -22,7 +24,7 @@ _FUNCTIONS: set[type] = set()  # nodes of our own functions that do the same
 
 def isometry(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """Decorate a function of one tensor whose way back is linear and leaves the norm of a gradient as it is."""
-    _FUNCTIONS.add(function._backward_cls)
+    _FUNCTIONS.add(backward_node(function))
     return function
 
 

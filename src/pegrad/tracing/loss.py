@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.errors import LeafError, LossError, PegradError
-from pegrad.tracing.batched import changing_requires_grad, is_constant, transformed
+from pegrad.torch_internals import ALIGNED, changing_requires_grad, transformed
+from pegrad.tracing.batched import is_constant
 from pegrad.tracing.explanations import explanation
 from pegrad.tracing.interception import Interception, on
 from pegrad.tracing.lineage import reaches
@@ -174,7 +175,7 @@ _REPLACEMENTS: dict[Any, Any] = {
     Tensor.requires_grad_: _require_grad,
     **STRIDED,
 }
-if hasattr(torch, "_nested_tensor_from_mask_left_aligned"):
-    _REPLACEMENTS[torch._nested_tensor_from_mask_left_aligned] = _not_aligned
+if ALIGNED is not None:
+    _REPLACEMENTS[ALIGNED] = _not_aligned
 if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
     _REPLACEMENTS[F.linear_cross_entropy] = _whole_cross_entropy

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad import trees
-from pegrad.tracing.batched import batched_at, level, lowered, peeled, wrapped
+from pegrad.torch_internals import level, lowered, wrapped
+from pegrad.tracing.batched import batched_at, peeled
 
 Wide = Callable[[Any], bool]
 """Tells whether an argument has the axis, in front of all others."""

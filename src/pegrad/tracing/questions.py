@@ -15,7 +15,8 @@ from torch import Tensor
 from pegrad import trees
 from pegrad.assumptions import current, unrecorded
 from pegrad.errors import CompileError
-from pegrad.tracing.batched import batch_first, is_batched
+from pegrad.torch_internals import is_batched, without_overrides
+from pegrad.tracing.batched import batch_first
 
 QUESTIONS: frozenset[Callable[..., Any]] = frozenset({
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__index__, Tensor.__contains__,
@@ -73,7 +74,7 @@ class Inquiry:
             Split: the rows do not agree.
         """
         name = getattr(function, "__name__", str(function))
-        with torch._C.DisableTorchFunction(), unrecorded():
+        with without_overrides(), unrecorded():
             physical = {
                 id(argument): batch_first(argument).cpu()
                 for argument in trees.leaves((args, kwargs))
@@ -101,7 +102,7 @@ class Inquiry:
                 f"The loss asks a tensor for its values ({name}), so what it computes cannot be recorded for other "
                 "examples: write it with torch.where, or leave it to eager PyTorch"
             )
-        with torch._C.DisableTorchFunction():
+        with without_overrides():
             values = batch_first(args[0]).detach().reshape(self._size)
             if function in _TRUTHS:
                 same = (values != 0) == answer

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pegrad import trees
 from pegrad.errors import StrategyError
-from pegrad.tracing.batched import batch_first, is_batched, on_physical_batch
+from pegrad.torch_internals import is_batched, without_overrides
+from pegrad.tracing.batched import batch_first, on_physical_batch
 from pegrad.tracing.questions import Inquiry
 
 # What they give belongs to a graph, or to a tensor's own memory, which a row has no part in.
@@ -104,7 +105,7 @@ def row_by_row(
             views.extend(batches)
         return tuple(torch.stack(column) for column in columns)
 
-    with torch._C.DisableTorchFunction():
+    with without_overrides():
         stacked = on_physical_batch(run, *(leaves[i] for i in places))
         if views:
             taken = [leaves[i] for i in places]

@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from pegrad.errors import LossError
+from pegrad.torch_internals import is_wrapped, without_overrides
 
 
 def no_strangers(known: Iterable[Tensor]) -> AbstractContextManager[Any]:
@@ -47,11 +48,11 @@ class _NoStrangers(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by PyTorch in place of `func`."""
-        with torch._C.DisableTorchFunction():
+        with without_overrides():
             for tensor in _tensors((args, kwargs or {})):
                 self._look_at(tensor)
         result = func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
+        with without_overrides():
             for tensor in _tensors((result, args)):
                 if _is_leaf(tensor):  # made in the loss, for a gradient of its own
                     self._known[id(tensor)] = tensor
@@ -82,7 +83,7 @@ def _refuse_wrapped(module: nn.Module, _: Any) -> None:
 
 
 def _is_leaf(tensor: Tensor) -> bool:
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor) and tensor.requires_grad and tensor.is_leaf
+    return not is_wrapped(tensor) and tensor.requires_grad and tensor.is_leaf
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

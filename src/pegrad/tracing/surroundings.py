@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from pegrad.errors import LossError
-from pegrad.tracing.batched import entered, level, vmaps
+from pegrad.torch_internals import entered, function_modes, level, vmaps
 from pegrad.tracing.eager import generator_states, set_generator_states
 from pegrad.tracing.trace import Trace
 
@@ -31,7 +31,7 @@ class Surroundings:
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._vmaps = vmaps()
-        self._modes = [_reference(mode) for mode in _get_current_function_mode_stack()]
+        self._modes = [_reference(mode) for mode in function_modes()]
         self._generators = generator_states()
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         self._autocast = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices]
@@ -52,7 +52,7 @@ class Surroundings:
                     "A backward pass under a transform of torch.func meets what pegrad.checkpoint ran under another: "
                     "call the function itself there"
                 )
-            present = _get_current_function_mode_stack()
+            present = function_modes()
             for reference in self._modes:
                 mode = reference()
                 if mode is not None and not any(mode is other for other in present):

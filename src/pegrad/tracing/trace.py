@@ -31,8 +31,9 @@ from pegrad import trees
 from pegrad.errors import LossError, PegradError, StrategyError
 from pegrad.rules.recurrent import BY_STEPS
 from pegrad.rules.site import Rule, Shape, Site
-from pegrad.tracing.batched import differentiated, is_batched, is_tracked, level, lowered, on_physical_batch, physical
-from pegrad.tracing.foreign import refuse_checkpoint
+from pegrad.torch_internals import differentiated, is_batched, is_tracked, is_view, level, lowered, unsafe_view
+from pegrad.tracing.batched import on_physical_batch, physical
+from pegrad.tracing.foreign import of_checkpoint, refuse_checkpoint
 from pegrad.tracing.inlining import inlined
 from pegrad.tracing.inner_grad import SET_REQUIRES_GRAD, Differentiates, inner_grad, require_grad
 from pegrad.tracing.interception import Intercepted
@@ -254,6 +255,8 @@ class Trace(Intercepted):
         except Exception as error:
             if nested or writes(name) or isinstance(error, PegradError) or not can_separate(func, kwargs):
                 raise
+            if of_checkpoint(error):
+                raise
             try:
                 return row_by_row(self._inquiry, self._aliases, func, args, kwargs)
             except Exception:
@@ -374,8 +377,8 @@ class Trace(Intercepted):
     def _tap(self, y: Tensor, x: Tensor, sites: list[Site]) -> Tensor:
         if not sites:
             return y
-        if y._is_view():  # a tapped view would make every later in-place operation copy its gradient
-            y = torch.ops.aten._unsafe_view(y, y.shape)
+        if is_view(y):  # a tapped view would make every later in-place operation copy its gradient
+            y = unsafe_view(y, y.shape)
         send = self.announce(sites, x.shape, y.shape, x.dtype)
         return Tap.on(y, x.detach(), send)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pegrad.torch_internals import is_view, shares_memory, without_overrides
+
 _NOT_NEW = frozenset({torch.from_numpy, torch.as_tensor, torch.asarray, torch.frombuffer, torch.from_dlpack})
 
 
@@ -49,8 +51,8 @@ class Made:
         Returns:
             Whether that was possible: it is not, where a view or a graph holds the tensor's memory as well.
         """
-        with torch._C.DisableTorchFunction():
-            if tensor._is_view() or _shared(tensor):
+        with without_overrides():
+            if is_view(tensor) or shares_memory(tensor):
                 return False
             try:  # it counts who holds the tensor: views, and graphs that have saved it
                 torch.utils.swap_tensors(tensor, batched)
@@ -58,9 +60,3 @@ class Made:
                 return False
         self._tensors.pop(id(tensor), None)
         return True
-
-
-def _shared(tensor: Tensor) -> bool:
-    """Tell whether others lie in the tensor's memory, be they no views to autograd: by `detach()`, or numpy's."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return count is None or count(tensor.untyped_storage()._cdata) > 2  # the tensor, and the storage as asked here

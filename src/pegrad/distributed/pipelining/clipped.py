@@ -32,7 +32,7 @@ from pegrad.distributed.pipelining.run import Run
 from pegrad.errors import ArgumentError, LeafError, PegradError
 from pegrad.per_example import Clipped, Loss
 from pegrad.strategies.book_keeping import BookKeeping
-from pegrad.tracing.batched import transformed
+from pegrad.torch_internals import transformed
 from pegrad.tracing.eager import outermost
 from pegrad.trees import PyTree
 

@@ -27,6 +27,7 @@ from pegrad.reductions.norms import KeptSums
 from pegrad.rules import RULES
 from pegrad.strategies.failures import out_of_memory, reason
 from pegrad.strategies.traced import Traced
+from pegrad.torch_internals import unsafe_view
 from pegrad.tracing.generators import Generators
 from pegrad.tracing.loss import FlatLoss
 from pegrad.tracing.questions import Split
@@ -176,7 +177,8 @@ class StageWork:
             )
         if self._last:
             self.losses[number] = output
-        return output.contiguous()
+        # PyTorch 2.11 looks at strides: an axis of one example has any, be it contiguous or not. Nor may it be a view.
+        return unsafe_view(output.contiguous(), output.shape)
 
     def backward(self, number: int, at: Tensor) -> Tensor | None:
         """Run micro-batch `number` backward.

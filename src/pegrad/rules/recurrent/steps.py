@@ -16,6 +16,7 @@ from pegrad.rules.recurrent.calls import (
     read_step,
     refuse_packed,
 )
+from pegrad.torch_internals import PACK, PAD
 
 Cell = Callable[[Tensor, Tensor, States], States]
 """`(product of the input, product of the hidden state, states) -> next states`"""
@@ -60,9 +61,6 @@ CELLS: dict[Any, Cell] = {
     torch.rnn_relu_cell: relu_step,
 }
 """PyTorch's functions of one step, and that step."""
-
-PACK, PAD = (getattr(torch, name, None) for name in ("_pack_padded_sequence", "_pad_packed_sequence"))
-"""What packs sequences, and what unpacks them."""
 
 
 def recur(cell: Cell, ih: Tensor, states: States, weights: Weights, backwards: bool) -> tuple[Tensor, States]:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from pegrad.rules.recurrent.calls import States, Weights
 from pegrad.rules.site import Send
+from pegrad.torch_internals import unsafe_view
 
 
 class Found(NamedTuple):
@@ -316,7 +317,7 @@ class Swept(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(None if sends[0] is None else x, weights.hh, weights.hr, *saved)
         # Not views, which a loss could not change in place.
-        return tuple(torch.ops.aten._unsafe_view(t, (*ctx.several, *t.shape[1:])) for t in (output, *last))
+        return tuple(unsafe_view(t, (*ctx.several, *t.shape[1:])) for t in (output, *last))
 
     @staticmethod
     @once_differentiable
