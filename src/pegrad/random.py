@@ -45,7 +45,6 @@ from pegrad import aes, chacha, trees
 from pegrad.box_muller import PRECISION, precision_of, uniform_of
 from pegrad.errors import ArgumentError, LeafError
 from pegrad.keys import (
-from pegrad.torch_internals import without_subclasses
     KEY_BYTES,
     Key,
     check_key,
@@ -57,6 +56,7 @@ from pegrad.torch_internals import without_subclasses
     refuse_constant,
     split,
 )
+from pegrad.torch_internals import without_subclasses
 
 __all__ = [
     "Cipher",
