@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
+
+from pegrad.torch_internals import function_modes
 
 
 class Interception(TorchFunctionMode):
@@ -81,7 +83,7 @@ class Intercepted(TorchFunctionMode):
 @contextmanager
 def on(interception: Interception) -> Iterator[None]:
     """Intercept inside the block, by the innermost mode itself where that is an `Intercepted`."""
-    modes = _get_current_function_mode_stack()
+    modes = function_modes()
     mode = modes[-1] if modes else None
     if not isinstance(mode, Intercepted):
         with interception:
