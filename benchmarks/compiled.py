@@ -9,10 +9,12 @@ Steps take turns in one process, where compilers find nothing that was compiled 
 says what it needs at its peak. The ratio is to the better of the ordinary steps.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -91,15 +93,19 @@ def _table(title: str, point: Point) -> Table:
 
 def _measure(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
     where = {"limit": effort.limit, "device": device}
-    try:
-        point = in_own_process(_times, optimizer, workload, effort, device, **where)
-    except FailedError as error:
-        return {"failure": str(error)}
-    for name, part in point["parts"].items():
+    with TemporaryDirectory() as cache:
         try:
-            part["peak_bytes"] = in_own_process(_peak, name, optimizer, workload, device, **where)["bytes"]
+            point = in_own_process(_times, optimizer, workload, effort, device, cache, **where)
         except FailedError as error:
-            part["peak_bytes"], part["memory_failure"] = None, str(error)
+            return {"failure": str(error)}
+        for name, part in point["parts"].items():
+            by = part.get("compiled", {}).get("backend")
+            try:
+                part["peak_bytes"] = in_own_process(_peak, name, by, optimizer, workload, device, cache, **where)[
+                    "bytes"
+                ]
+            except FailedError as error:
+                part["peak_bytes"], part["memory_failure"] = None, str(error)
     native_peaks = [point["parts"][name]["peak_bytes"] for name in (NATIVE, NATIVE_COMPILED) if name in point["parts"]]
     least = min((found for found in native_peaks if found), default=None)
     for part in point["parts"].values():
@@ -107,8 +113,8 @@ def _measure(optimizer: str, workload: Workload, effort: Effort, device: str) ->
     return point
 
 
-def _times(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
-    torch.compiler.config.force_disable_caches = True  # so that compiling takes as long as the first time
+def _times(optimizer: str, workload: Workload, effort: Effort, device: str, cache: str) -> Point:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that compiling takes as long as the first time
     task = workload.task(device)
     steps: dict[str, Callable[[], Any]] = {}
     parts: dict[str, Point] = {}
@@ -135,13 +141,18 @@ def _pays(compiled: Point, eager: Point) -> None:
         compiled["compiled"]["pays_after"] = compiled["compiled"]["spent"] / won if won > 0 else None
 
 
-def _peak(name: str, optimizer: str, workload: Workload, device: str) -> Point:
+def _peak(name: str, by: str | None, optimizer: str, workload: Workload, device: str, cache: str) -> Point:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # that of the steps' times
     task = workload.task(device)
-    if name in (NATIVE, OURS):
+    if by == "eagerly":
+        name, by = OURS, None
+    if by:
+        make = partial(_ours, compiles=True, backend=by) if name == OURS_COMPILED else STEPS[name]
+        run, _ = make(task, optimizer)
+        run()
+    else:
         STEPS[name](task.first(FEW), optimizer)[0]()
-    run, _ = STEPS[name](task, optimizer)
-    if name not in (NATIVE, OURS):
-        run()  # compiles
+        run, _ = STEPS[name](task, optimizer)
     return {"bytes": peak(run, device)[1]}
 
 
@@ -166,7 +177,9 @@ def _native(task: Task, optimizer: str, *, compiles: bool = False) -> tuple[Call
     return step, {"spent": time.perf_counter() - begun, "backend": "torch.compile"}
 
 
-def _ours(task: Task, optimizer: str, *, compiles: bool = False) -> tuple[Callable[[], Any], Point]:
+def _ours(
+    task: Task, optimizer: str, *, compiles: bool = False, backend: str | None = None
+) -> tuple[Callable[[], Any], Point]:
     """The step of `pegrad.dp_sgd`, on from where the one before it got to."""
     step: Any = pegrad.dp_sgd(
         task.loss,
@@ -179,7 +192,7 @@ def _ours(task: Task, optimizer: str, *, compiles: bool = False) -> tuple[Callab
     at = [params, step.init(params, pegrad.random.key(0))]
     made: Point = {}
     if compiles:
-        step = pegrad.compile(step, *at, task.batch)
+        step = pegrad.compile(step, *at, task.batch, backend=backend)
         (how,) = step.reports
         made = {
             "spent": how.spent,

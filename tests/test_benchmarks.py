@@ -221,7 +221,10 @@ def test_a_contestant_that_fails_stays_in_the_table(module, tmp_path, capsys) ->
     "experiment",
     [
         *("quick", "gradcheck", "operations", "overhead", "noise"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("nanobatch", "mnist", "accuracy", "distributed")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("nanobatch", "mnist", "accuracy", "distributed", "compiled")
+        ),
     ],
 )
 def test_small_experiments_run_through_and_resume(module, experiment, tmp_path, capsys) -> None:

@@ -359,13 +359,22 @@ def test_donated_memory_is_that_of_the_result():
         compiled(tied, step.init(tied, pegrad.random.key(0)), torch.ones(B, 4))
 
 
-def test_an_adaptive_step_and_bad_arguments_are_refused():
-    step = pegrad.dp_sgd(
-        net, optim.sgd(0.1), clip_norm=pegrad.Adaptive(1.0, count_noise_multiplier=2.0), noise_multiplier=1.0,
-        expected_batch_size=4,
-    )  # fmt: skip
-    with pytest.raises(pegrad.CompileError, match="adaptive"):
-        pegrad.compile(step)
+@pytest.mark.parametrize("clip_norm", [0.5, clipping.PerLayer(0.5)])
+def test_an_adaptive_step_follows_its_bounds(clip_norm):
+    adaptive = pegrad.Adaptive(clip_norm, count_noise_multiplier=2.0, learning_rate=0.5)
+    step = pegrad.dp_sgd(net, optim.adam(0.01), clip_norm=adaptive, noise_multiplier=1.0, expected_batch_size=4)
+    ours = theirs = params(), step.init(params(), pegrad.random.key(0))
+    compiled = pegrad.compile(step, *ours, batch(0), MASK, backend="eager")
+    for seed in range(4):
+        rows, mask = batch(seed), MASK if seed % 2 else OTHER_MASK
+        given, wanted = compiled(*theirs, rows, mask), step(*ours, rows, mask)
+        assert_same_bits(given, wanted)
+        ours, theirs = wanted[:2], given[:2]
+    assert len({wanted.state.bounds, step.init(params(), pegrad.random.key(0)).bounds}) == 2
+    assert (compiled.misses, len(compiled.reports)) == (0, 1)
+
+
+def test_bad_arguments_are_refused():
     function = pegrad.clipped_grad(net, clip_norm=0.5)
     with pytest.raises(pegrad.ArgumentError, match="backend"):
         pegrad.compile(function, params(), batch(0), backend="no such")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pegrad._validate import GREATEST, LEAST
-from pegrad.clipping import Clipping, Flat, Grouping, as_clipping
+from pegrad.clipping import Clipping, Flat, Grouping, Weighting, as_clipping
 from pegrad.errors import ArgumentError
 from pegrad.trees import PyTree
 
@@ -72,6 +72,10 @@ class Adaptive:
     def clipping(self) -> Clipping:
         """The clipping that the bounds begin as."""
         return as_clipping(self.clip_norm)
+
+    def at(self, bounds: Bounds) -> Clipping:
+        """Return the clipping of a step whose state has some bounds."""
+        return Bounded(self.clipping, bounds)
 
     def start(self, params: PyTree) -> Bounds:
         """Return the bounds before the first step.
@@ -141,7 +145,11 @@ class Bounded:
                 f"The state has {len(self.bounds)} adaptive clip norms, but the step clips {len(grouping.weightings)} "
                 "groups: the state is of another step"
             )
-        return grouping._replace(weightings=tuple(Flat(bound) for bound in self.bounds))
+        return grouping._replace(weightings=tuple(map(self.weighting, self.bounds)))
+
+    def weighting(self, bound: float) -> Weighting:
+        """Return the weighting of a group with some bound."""
+        return Flat(bound)
 
 
 def centred_counts(norms: Tensor, bounds: Bounds, mask: Tensor) -> Tensor:
@@ -159,5 +167,6 @@ def centred_counts(norms: Tensor, bounds: Bounds, mask: Tensor) -> Tensor:
         `(G,)`, float64.
     """
     norms = norms.reshape(len(bounds), -1)
-    within = norms <= torch.tensor(bounds, dtype=norms.dtype, device=norms.device)[:, None]
+    limits = torch.stack([torch.as_tensor(bound, dtype=norms.dtype, device=norms.device) for bound in bounds])
+    within = norms <= limits[:, None]
     return ((within.double() - 0.5) * mask).sum(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pegrad import random, trees
 from pegrad._validate import check_scale, check_size
 from pegrad.accounting.ledger import Entry, Ledger, recorded
-from pegrad.adaptive import Adaptive, Bounded, Bounds, centred_counts
+from pegrad.adaptive import Adaptive, Bounds, centred_counts
 from pegrad.clipping import Clipping, as_clipping
 from pegrad.errors import ArgumentError
 from pegrad.numerics import accumulator
@@ -265,7 +265,7 @@ class DPSGD:
                 "Expected state.bounds to hold the clip norms of adaptive clipping, got (): the state is of a step "
                 "without. Start them with state._replace(bounds=step.adaptive.start(params))"
             )
-        return replace(self.clipped_grad, clipping=Bounded(self.adaptive.clipping, state.bounds))
+        return replace(self.clipped_grad, clipping=self.adaptive.at(state.bounds))
 
     def __call__(self, params: PyTree, state: State, batch: PyTree, mask: Tensor | None = None) -> Step:
         """Take one step: same arguments, same result, bit for bit; no argument is changed.

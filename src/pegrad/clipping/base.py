@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple, Protocol
 
 from pegrad import trees
+from pegrad.assumptions import unrecorded
 from pegrad.clipping.weights import Over, Weighting
 from pegrad.errors import ArgumentError
 from pegrad.trees import PyTree
@@ -59,7 +60,8 @@ def grouping_of(clipping: Clipping, params: PyTree) -> Grouping:
             f"leaf, a weighting and a name for each of its groups, got {grouping.of}, {groups} weightings and "
             f"{names} names"
         )
-    total = math.hypot(*(weighting.bound for weighting in grouping.weightings))
+    with unrecorded():
+        total = math.hypot(*(weighting.bound for weighting in grouping.weightings))
     if not total <= clipping.sensitivity * (1 + 1e-9):
         raise ArgumentError(
             f"Expected the sensitivity of {type(clipping).__name__} to be at least that of its groups, the root of "

@@ -12,6 +12,9 @@ from pegrad.errors import ArgumentError
 from pegrad.numerics import contract
 from pegrad.torch_internals import transformed
 
+Number = float | Tensor
+"""A number; or a float64 scalar, where a step becomes a graph whose bounds are its state's."""
+
 
 class Weighting(Protocol):
     """From the norms of a clipping group's gradients to their weights, and what a weighted one amounts to at most.
@@ -20,14 +23,14 @@ class Weighting(Protocol):
     """
 
     @property
-    def floor(self) -> float:
+    def floor(self) -> Number:
         """The norm up to which a weight is at most what it is there, `bound / floor`; 0 if there is no such.
 
         Norms are known up to a small part of it.
         """
 
     @property
-    def bound(self) -> float:
+    def bound(self) -> Number:
         """What the norm of one example's weighted gradient is at most; infinite if nothing bounds it."""
 
     def weights(self, squared_norms: Tensor, mask: Tensor | None) -> Tensor:
@@ -45,12 +48,12 @@ class Over:
     divisor: float
 
     @property
-    def floor(self) -> float:
+    def floor(self) -> Number:
         """See `Weighting.floor`."""
         return self.weighting.floor
 
     @property
-    def bound(self) -> float:
+    def bound(self) -> Number:
         """See `Weighting.bound`."""
         return self.weighting.bound / self.divisor
 
@@ -79,7 +82,7 @@ class Weights:
     """`(B,)`"""
     bad: Tensor | None
     """`(B,)`, boolean: rows to leave out, as zero times what they hold might not be zero; None: no such row."""
-    bound: float
+    bound: Number
     """See `Weighting.bound`."""
 
     @classmethod
@@ -101,7 +104,7 @@ class Weights:
                 f"norm, a tensor of shape {tuple(squares.shape)}"
             )
         values = values.to(squares.dtype)
-        if weighting.bound < inf:
+        if isinstance(weighting.bound, Tensor) or weighting.bound < inf:
             most = weighting.bound / squares.clamp(min=weighting.floor**2).sqrt()
             values = torch.where(values > most * _ROUNDING, most, values)
         allowed = torch.isfinite(squares) & (values >= 0)

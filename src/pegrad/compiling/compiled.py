@@ -45,7 +45,7 @@ def compile(
 
     Args:
         function: `clipped_grad`, `per_example_grad`, `per_example_norm`, a statistic, or any pure function of pytrees
-            made of them; or the step of `dp_sgd`. In a step, clip norms must not be adaptive.
+            made of them; or the step of `dp_sgd`.
         example_args: arguments to compile for at once. None: the first call does it.
         backend: a compiler of `torch.compile`'s: `inductor`, which needs a C++ compiler on a CPU, `aot_eager`,
             `cudagraphs`, ...; or `eager`, which runs the graph as it is: the same bits as the call, without the Python

@@ -1,13 +1,13 @@
 """A private step as a graph: clip, noise and update. What Python knows better is worked out around it, at every call.
 
 Outside of the graph are the keys of the noise (one for each leaf, derived anew for every step), the seed of the loss's
-own random numbers, the step's number and what optimizers make of it, the sensitivity and the ledger. All of them come
-in as tensors or are put to what comes out, so no graph ever holds a key or the number of a step.
+own random numbers, the step's number and what optimizers make of it, adaptive bounds, the sensitivity and the ledger.
+All of them come in as tensors or are put to what comes out, so no graph ever holds a key or the number of a step.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from pegrad import random
 from pegrad.accumulation import Added
+from pegrad.adaptive import Adaptive, Bounded
+from pegrad.assumptions import unrecorded
+from pegrad.clipping import Clipping, Flat, Weighting
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.programs import Call, Trial
 from pegrad.compiling.update import Numbers, counting, given, with_counts, without_counts
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step
-from pegrad.errors import CompileError
 from pegrad.per_example import ClippedGrad
 from pegrad.trees import PyTree
 
@@ -34,6 +36,7 @@ class _Inputs(NamedTuple):
     mask: Tensor | None
     keys: Tensor  # (leaves, 32), of the noise
     sensitivity: Tensor  # float64 scalar
+    bounds: Tensor | None  # (G,), float64, where clipping is adaptive
 
 
 class _Value(NamedTuple):
@@ -42,6 +45,7 @@ class _Value(NamedTuple):
     params: PyTree  # or the noisy gradients, where the update is made outside
     optimizer: PyTree
     metrics: Metrics
+    counts: Any  # (G,), noisy, where clipping is adaptive
 
 
 class StepProgram:
@@ -50,17 +54,9 @@ class StepProgram:
     Args:
         step: the step.
         donate: whether the memory of old parameters and of the optimizer's old state is taken for the new ones.
-
-    Raises:
-        CompileError: its clipping is adaptive.
     """
 
     def __init__(self, step: DPSGD, *, donate: bool = False) -> None:
-        if step.adaptive is not None:
-            raise CompileError(
-                "A step with adaptive clipping has new bounds at every step, and a graph has them for good: compile a "
-                "step with a clip norm that stays"
-            )
         self.step = step
         self.handed_over = (_kept, _kept) if donate else None
         self._numbers: dict[Any, Numbers | None] = {}
@@ -77,27 +73,35 @@ class StepProgram:
         if kind not in self._numbers:
             self._numbers[kind] = Numbers.of(self.step, params, state)
         numbers = self._numbers[kind]
-        keys = random.leaf_keys(random.fold_in(state.key, state.step), params)
-        sensitivity = torch.tensor(self.step.clipped_grad.sensitivity, dtype=torch.float64)
+        bounds = torch.tensor(state.bounds, dtype=torch.float64) if self.step.adaptive else None
+        noisy = params if bounds is None else (params, bounds)  # with the counts, one for each bound
+        keys = random.leaf_keys(random.fold_in(state.key, state.step), noisy)
+        sensitivity = torch.tensor(self.step.clipped_at(state).sensitivity, dtype=torch.float64)
         if numbers is None:
-            return _Inputs(params, None, [], batch, mask, keys, sensitivity)
-        return _Inputs(params, optimizer, numbers.now(counts), batch, mask, keys, sensitivity)
+            return _Inputs(params, None, [], batch, mask, keys, sensitivity, bounds)
+        return _Inputs(params, optimizer, numbers.now(counts), batch, mask, keys, sensitivity, bounds)
 
     def graph(self, inputs: _Inputs) -> _Value:
         """See `Program.graph`."""
-        none = State(random.key(0), 0, None)
+        bounds: Any = () if inputs.bounds is None else inputs.bounds.unbind()
+        none = State(random.key(0), 0, None, bounds)
         among = _InGraph(inputs.keys, inputs.sensitivity)
-        released = self.step.release_among(among, inputs.params, none, [(0, (inputs.batch, inputs.mask))])
+        step = replace(self.step, adaptive=self.step.adaptive and _AdaptiveInGraph.of(self.step.adaptive))
+        released = step.release_among(among, inputs.params, none, [(0, (inputs.batch, inputs.mask))])
+        counts = None if inputs.bounds is None else released.state.bounds
         if inputs.optimizer is None:
-            return _Value(released.grads, None, released.metrics)
+            return _Value(released.grads, None, released.metrics, counts)
         state = none._replace(optimizer=counting(inputs.optimizer, given(inputs.numbers)))
         params, state = self.step.updated(inputs.params, [released.grads], state)
-        return _Value(params, state.optimizer, released.metrics)
+        return _Value(params, state.optimizer, released.metrics, counts)
 
     def result(self, call: Call, value: _Value) -> Step:
         """See `Program.result`."""
         params, state, _, _ = _arguments(*call.args, **call.kwargs)
         after = self.step.after(state)
+        if self.step.adaptive:
+            moved = self.step.adaptive.following(state.bounds, value.counts, self.step.clipped_grad.normalize_by)
+            after = after._replace(bounds=moved)
         if value.optimizer is None:
             return Step(*self.step.updated(params, [value.params], after), value.metrics)
         optimizer = with_counts(value.optimizer, without_counts(state.optimizer)[1])
@@ -110,12 +114,13 @@ class StepProgram:
 
     def compared(self, result: Step) -> tuple[Any, ...]:
         """See `Program.compared`."""
-        metrics = result.metrics
-        return result.params, result.state.optimizer, metrics.losses, metrics.norms, metrics.aux, metrics.non_finite
+        metrics, bounds = result.metrics, torch.tensor(result.state.bounds)
+        values = metrics.losses, metrics.norms, metrics.aux, metrics.non_finite
+        return result.params, result.state.optimizer, *values, bounds
 
     def start(self, inputs: _Inputs) -> tuple[Any, ...]:
         """See `Program.start`: new parameters differ from the old ones by little."""
-        return inputs.params, None, None, None, None, None
+        return inputs.params, None, None, None, None, None, None
 
     def trials(self, call: Call) -> Iterator[Trial]:
         """See `Program.trials`: once without noise, behind which much could hide, and once with it."""
@@ -129,6 +134,35 @@ class StepProgram:
 def _kept(tree: _Inputs | _Value) -> list[Tensor]:
     """Return what a step makes new of its like; not the gradients of which an update is made outside."""
     return [] if tree.optimizer is None else Pieces.of((tree.params, tree.optimizer))[1]
+
+
+class _AdaptiveInGraph(Adaptive):
+    """Adaptive clipping whose bounds are tensors; those that follow are worked out of the counts, outside."""
+
+    @classmethod
+    def of(cls, adaptive: Adaptive) -> "_AdaptiveInGraph":
+        return cls(**{field.name: getattr(adaptive, field.name) for field in fields(adaptive)})
+
+    def at(self, bounds: Any) -> Clipping:
+        return _BoundedInGraph(self.clipping, bounds)
+
+    def following(self, bounds: Any, counts: Tensor, expected_batch_size: float) -> Any:
+        return counts
+
+
+class _BoundedInGraph(Bounded):
+    @property
+    def sensitivity(self) -> float:
+        with unrecorded():
+            return super().sensitivity
+
+    def weighting(self, bound: Any) -> Weighting:
+        return _FlatInGraph(bound)
+
+
+class _FlatInGraph(Flat):
+    def __post_init__(self) -> None:
+        pass  # the number was checked outside
 
 
 @dataclass(frozen=True)

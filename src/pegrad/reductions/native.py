@@ -8,8 +8,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from pegrad.assumptions import any_row
+from pegrad.assumptions import any_row, decided
 from pegrad.clipping import Weights
+from pegrad.clipping.weights import Number
 from pegrad.numerics import BLOCK, norm_bounds, squared_norms, take_rows, zero_rows
 from pegrad.plan.candidates import Candidate
 from pegrad.plan.parts import Outer, Part, inner
@@ -90,7 +91,8 @@ class NativeSum:
         mistrusted = partial(rounding.mistrusted_sum, terms=step * positions, dtype=part.g.dtype, bound=bound)
         # No row of a leaf's only use is longer than the bound, and few rows cannot come to much: no need to look.
         sole = len(self.errors) == 1 and self.apart is None
-        looks = not sole or mistrusted([step * weights.bound] * -(-batch // step))
+        many = mistrusted([step * weights.bound] * -(-batch // step))
+        looks = not sole or (decided(many) if isinstance(many, Tensor) else many)
         total: Tensor | None = None
         largest: list[Tensor] = []
         for start in range(0, batch, step):  # a weighted copy of a few rows, not of all
@@ -160,7 +162,7 @@ class Magnitudes:
         return found.norms, errors, rounding.sum_error(amplitude, self.positions, self.g.dtype)
 
 
-def guarded_norms(choice: Candidate, parts: Sequence[Part], batch: int, floor: float) -> tuple[Tensor, list[Tensor]]:
+def guarded_norms(choice: Candidate, parts: Sequence[Part], batch: int, floor: Number) -> tuple[Tensor, list[Tensor]]:
     """Find the squared norms of one parameter's gradients, those that cannot be trusted in float64, row by row.
 
     Args:

@@ -136,7 +136,8 @@ class Norms(Grouped):
         errors = Magnitudes(site, x, g).share_errors() * gain + noise * sources.sqrt()
         floor = self.grouping.weightings[together].floor
         norms = squares.sqrt().clamp(min=floor)
-        apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, part.positions) if floor else errors < 0
+        shared = isinstance(floor, Tensor) or floor > 0
+        apart = rounding.mistrusted_shares(norms.reciprocal(), errors, 1.0, part.positions) if shared else errors < 0
         native = NativeSum(site.source, [errors], gain, apart)
         for row in apart.nonzero().squeeze(1).tolist() if any_row(apart) else ():
             alone = part.rows(row, row + 1, self.batch)

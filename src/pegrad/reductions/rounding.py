@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pegrad.clipping.weights import Number
+
 TOLERANCE = 2e-5
 """What a row's norm may be off by, relative to it or the clip norm; and its share, and a sum, relative to the bound."""
 
@@ -37,23 +39,23 @@ def gram_error(terms: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
     return unit_roundoff(dtype) * (16 + 0.1 * positions) * terms.double()
 
 
-def mistrusted_norms(squares: Tensor, errors: Tensor, floor: float, positions: int) -> Tensor:
+def mistrusted_norms(squares: Tensor, errors: Tensor, floor: Number, positions: int) -> Tensor:
     """Mark the rows whose squared norm is off by more than is tolerated, or is no number: `(B,)`, boolean."""
     tolerance = 2 * (TOLERANCE if positions <= MANY_POSITIONS else _BY_ITSELF)
     return ~((errors <= tolerance * squares.clamp(min=floor**2)) & (squares < torch.inf))
 
 
-def mistrusted_shares(weights: Tensor, errors: Tensor, bound: float, positions: int) -> Tensor:
+def mistrusted_shares(weights: Tensor, errors: Tensor, bound: Number, positions: int) -> Tensor:
     """Mark the rows whose share in a sum has an error that is a part of the bound worth speaking of."""
     return weights * errors > (TOLERANCE if positions <= MANY_POSITIONS else _BY_ITSELF) * bound
 
 
-def hopeless(norms: Tensor, errors: Tensor, floor: float) -> Tensor:
+def hopeless(norms: Tensor, errors: Tensor, floor: Number) -> Tensor:
     """Mark the rows that float64 does not save either."""
     return ~(errors <= _HOPELESS * norms.clamp(min=floor))
 
 
-def mistrusted_sum(parts: Sequence[float] | Tensor, terms: int, dtype: torch.dtype, bound: float | Tensor) -> Any:
+def mistrusted_sum(parts: Sequence[Number] | Tensor, terms: int, dtype: torch.dtype, bound: Number) -> Any:
     """Tell whether a sum, added up in parts, is so large somewhere that its last places matter.
 
     Args:
