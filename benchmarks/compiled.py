@@ -120,8 +120,9 @@ def _times(optimizer: str, workload: Workload, effort: Effort, device: str, cach
     parts: dict[str, Point] = {}
     for name, make in STEPS.items():
         try:
-            steps[name], made = make(task, optimizer)
-            parts[name] = {"compiled": made} if made else {}
+            step, made = make(task, optimizer)
+            step()
+            steps[name], parts[name] = step, {"compiled": made} if made else {}
         except Exception as error:
             parts[name] = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
     times = interleaved(steps, effort.rounds, device)

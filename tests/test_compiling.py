@@ -419,6 +419,39 @@ def test_a_backend_that_gives_something_else_is_not_used(monkeypatch, name, nois
     assert compiled.reports[0].backend == "eager"
 
 
+class Rounding(Backend):
+    """Rounds otherwise than the call does."""
+
+    def __call__(self, graph, tensors):
+        def otherwise(t):
+            return t.mul(1 + 2 * torch.finfo(t.dtype).eps) if t.is_floating_point() and t.dim() > 1 else t
+
+        return lambda *given: graph(*map(otherwise, given))
+
+    def alternatives(self):
+        return []
+
+
+def test_a_gradient_that_is_nothing_but_rounding_may_be_another(monkeypatch):
+    """Adam makes a whole step of it, one way or the other; a tensor that is wrong is found out all the same."""
+
+    def invariant(parameters, example):
+        x, y = example
+        return F.cross_entropy(x @ parameters["w"] + parameters["shift"] @ torch.ones(4, 4), y)
+
+    generator = torch.Generator().manual_seed(0)
+    parameters = {"w": torch.randn(6, 4, generator=generator), "shift": torch.randn(4, generator=generator)}
+    rows = torch.randn(B, 6, generator=generator), torch.arange(B) % 4
+    step = pegrad.dp_sgd(invariant, optim.adam(0.1), clip_norm=9.0, noise_multiplier=1.0, expected_batch_size=4)
+    state = step.init(parameters, pegrad.random.key(0))
+    monkeypatch.setattr(pegrad.compiling.compiled, "Backend", Rounding)
+    compiled = pegrad.compile(step, parameters, state, rows, backend="any")
+    assert not compiled.reports[0].rejected
+    monkeypatch.setattr(pegrad.compiling.compiled, "Backend", Wrong)
+    with pytest.raises(pegrad.CompileError, match="something else"):
+        pegrad.compile(step, parameters, state, rows, backend="only")
+
+
 def test_a_constant_that_should_be_none_is_found_out():
     """Numbers that came by a way that no operation shows are those of the example for good."""
     memory = {}

@@ -1,5 +1,6 @@
 """Whether a graph gives what the call gives, but for rounding."""
 
+from math import inf
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from pegrad import trees
 from pegrad.checking.compare import TOLERANCE
 
 _SHARE = 1e-2  # a tensor that is next to nothing is judged by this share of its largest neighbour
+_FURTHER = 4.0  # than what comes of inputs that differ in their last places
 _LAST_PLACES = 2  # what is rounded away where a little is added to much
 
 
-def worst_difference(given: Any, wanted: Any, start: Any = None) -> float:
+def worst_difference(given: Any, wanted: Any, start: Any = None, swayed: Any = None) -> float:
     """Measure how far a value is from what it should be, over what passes for rounding: above 1 is too far.
 
     A floating-point tensor is measured by the norm of the difference, relative to its own; where it started from
@@ -25,34 +27,42 @@ def worst_difference(given: Any, wanted: Any, start: Any = None) -> float:
         wanted: what should have.
         start: of the same structure as the value, or a part of it, field by field: where a tensor started from, or
             None.
+        swayed: of the structure of the value: what should come of inputs that differ in their last places. A tensor may
+            be some times as far off as that is. None: it is not known.
     """
-    fields = (
-        (given, wanted, start or (None,) * len(wanted)) if isinstance(wanted, tuple) else ([given], [wanted], [start])
-    )
-    return max((_worst(*field) for field in zip(*fields, strict=True)), default=0.0)
+    swayed = wanted if swayed is None else swayed
+    if not isinstance(wanted, tuple):
+        return _worst(given, wanted, start, swayed)
+    fields = zip(given, wanted, start or (None,) * len(wanted), swayed, strict=True)
+    return max((_worst(*field) for field in fields), default=0.0)
 
 
-def _worst(given: Any, wanted: Any, start: Any) -> float:
-    tensors, expected = trees.leaves(given), trees.leaves(wanted)
+def _worst(given: Any, wanted: Any, start: Any, swayed: Any) -> float:
+    tensors, expected, others = (trees.leaves(tree) for tree in (given, wanted, swayed))
     origins = trees.leaves(start) if start is not None else [None] * len(expected)
     ways = [_way(tensor, origin) for tensor, origin in zip(expected, origins, strict=True)]
     scale = max((float(way.norm()) for way in ways if way is not None), default=0.0)
-    return max((_far(*each, scale) for each in zip(tensors, expected, origins, ways, strict=True)), default=0.0)
+    columns = zip(tensors, expected, origins, ways, others, strict=True)
+    return max((_far(*column, scale) for column in columns), default=0.0)
 
 
-def _far(given: Any, wanted: Any, origin: Tensor | None, way: Tensor | None, scale: float) -> float:
+def _far(given: Any, wanted: Any, origin: Tensor | None, way: Tensor | None, swayed: Any, scale: float) -> float:
     if not isinstance(wanted, Tensor):
-        return 0.0 if given == wanted else float("inf")
+        return 0.0 if given == wanted else inf
     if given.shape != wanted.shape or given.dtype != wanted.dtype:
-        return float("inf")
+        return inf
     same = (given == wanted) | (given.isnan() & wanted.isnan())
     if way is None or not bool(given.isfinite().eq(wanted.isfinite()).all()):
-        return 0.0 if bool(same.all()) else float("inf")
+        return 0.0 if bool(same.all()) else inf
     error = float((given.double() - wanted.double()).masked_fill(same, 0).norm())
     allowed = TOLERANCE[wanted.dtype] * max(float(way.norm()), _SHARE * scale)
     if origin is not None:
         allowed += _LAST_PLACES * torch.finfo(wanted.dtype).eps * float(origin.double().norm())
-    return error / allowed if error else 0.0
+    if swayed is not wanted:
+        allowed += _FURTHER * float(torch.nan_to_num(swayed.double() - wanted.double(), 0, 0, 0).norm())
+    if not error:
+        return 0.0
+    return error / allowed if allowed else inf
 
 
 def _way(wanted: Any, origin: Tensor | None) -> Tensor | None:

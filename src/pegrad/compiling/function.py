@@ -113,7 +113,7 @@ def make(program: Program, call: Call, backend: Backend | None) -> tuple[Graph |
                     "The example is one that no graph is for: a gradient of it is not finite, or must be made again in "
                     "float64 to be exact. Compile for another"
                 )
-            other = _changed(program, call, inputs)
+            other = _moved(program, call, inputs, _other)
             trials = [*program.trials(call), *[other] * plain(_copies(other.inputs))[1]]
         for trial in trials:
             again()
@@ -133,7 +133,13 @@ def make(program: Program, call: Call, backend: Backend | None) -> tuple[Graph |
             worst = 0.0
             for given, wanted in expected:
                 again()
-                worst = max(worst, _distance(program, call, graph, given, wanted))
+                distance = _distance(program, call, graph, given, wanted)
+                if 1 < distance < inf:  # Adam makes a whole step of a gradient that is nothing but rounding
+                    again()
+                    swayed = program.compared(_moved(program, call, given, _swayed).run())
+                    again()
+                    distance = _distance(program, call, graph, given, wanted, swayed)
+                worst = max(worst, distance)
             if worst <= 1:
                 passed[str(candidate)] = graph
             else:
@@ -158,10 +164,10 @@ def _repeated() -> Iterator[Callable[[], None]]:
         start.restore()
 
 
-def _changed(program: Program, call: Call, inputs: Any) -> Trial:
-    """Return a trial with other numbers: what became a constant of the graph, and should not have, comes to light."""
+def _moved(program: Program, call: Call, inputs: Any, move: Callable[[Tensor], Tensor]) -> Trial:
+    """Return a trial with other numbers."""
     structure, tensors = Pieces.of(inputs)
-    other = structure.filled([_other(t) for t in tensors])
+    other = structure.filled([move(t) for t in tensors])
 
     def run() -> Any:
         with program.surroundings(call), torch.no_grad():
@@ -171,20 +177,35 @@ def _changed(program: Program, call: Call, inputs: Any) -> Trial:
 
 
 def _other(tensor: Tensor) -> Tensor:
-    """Return a tensor of other numbers that are as good: a percent more here and less there, or in another order."""
+    """Return a tensor of other numbers that are as good: a percent more here and less there, or in another order.
+
+    What became a constant of a graph, and should not have, comes to light.
+    """
     if tensor.is_floating_point():
-        shares = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).mul_(0.618).frac_().sub_(0.3)
-        return tensor * (1 + shares.view(tensor.shape).to(tensor.dtype) / 64)
+        return tensor * (1 + _shares(tensor) / 64)
     return tensor.roll(1, 0) if tensor.dim() else tensor
 
 
-def _distance(program: Program, call: Call, graph: Graph, inputs: Any, wanted: Any) -> float:
+def _swayed(tensor: Tensor) -> Tensor:
+    """Return a tensor whose numbers differ in their last places."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor * (1 + 8 * torch.finfo(tensor.dtype).eps * _shares(tensor))
+
+
+def _shares(tensor: Tensor) -> Tensor:
+    """Return numbers from -0.3 to 0.7, in the shape of a tensor."""
+    numbers = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return numbers.mul_(0.618).frac_().sub_(0.3).view(tensor.shape).to(tensor.dtype)
+
+
+def _distance(program: Program, call: Call, graph: Graph, inputs: Any, wanted: Any, swayed: Any = None) -> float:
     """Run a graph, and measure how far its result is from another, over what passes for rounding."""
     with program.surroundings(call):
         value, held = graph(_copies(inputs) if program.handed_over else inputs)
     if not held:
         return inf
-    return worst_difference(program.compared(program.result(call, value)), wanted, program.start(inputs))
+    return worst_difference(program.compared(program.result(call, value)), wanted, program.start(inputs), swayed)
 
 
 def run(program: Program, call: Call, inputs: Any, graph: Graph) -> tuple[Any, bool]:
