@@ -137,7 +137,7 @@ def _times(optimizer: str, workload: Workload, effort: Effort, device: str, cach
 
 def _pays(compiled: Point, eager: Point) -> None:
     """Note after how many steps the time spent on compiling is won back, if ever."""
-    if "seconds" in compiled:
+    if "seconds" in compiled and compiled["compiled"]["backend"] != "eagerly":
         won = eager["seconds"] - compiled["seconds"]
         compiled["compiled"]["pays_after"] = compiled["compiled"]["spent"] / won if won > 0 else None
 
