@@ -7,7 +7,7 @@ from pegrad.adaptive import Adaptive
 from pegrad.check import check
 from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.checkpointing import checkpoint
-from pegrad.compiling import Compiled, Report, compile
+from pegrad.compiling import Compiled, CompileReport, compile
 from pegrad.dp_sgd import DPSGD, Metrics, Release, State, Step, add_noise, dp_sgd
 from pegrad.errors import (
     ArgumentError,
@@ -66,6 +66,7 @@ __all__ = [
     "Clipped",
     "ClippedGrad",
     "CompileError",
+    "CompileReport",
     "Compiled",
     "DataFileError",
     "Entry",
@@ -86,7 +87,6 @@ __all__ = [
     "PegradError",
     "PerExample",
     "Release",
-    "Report",
     "Site",
     "Stacking",
     "State",

@@ -447,10 +447,10 @@ def torch_generators(key: Tensor, tree: trees.PyTree = None) -> Iterator[None]:
 def _looks(tree: trees.PyTree, parts: Sequence[Part | None], cipher: Cipher | None) -> list[_Look]:
     """Note what is to be drawn for each leaf of a tree, having checked it."""
     leaves = trees.leaves(tree)
-    for path, leaf in zip(trees.paths(tree), leaves, strict=True):
+    for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or leaf.dtype not in PRECISION:
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise LeafError(f"Expected a floating-point tensor at leaf {path}, got {kind}.")
+            raise LeafError(f"Expected a floating-point tensor at leaf {trees.path(tree, index)}, got {kind}.")
     return [
         _Look(
             leaf.shape,

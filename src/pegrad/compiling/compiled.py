@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from pegrad.compiling.backends import Backend
-from pegrad.compiling.function import Graph, Report, UnusualError, make, run
+from pegrad.compiling.function import CompileReport, Graph, UnusualError, make, run
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.programs import Call, Function, Program
 from pegrad.compiling.step import StepProgram
@@ -101,7 +101,7 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], program: Program, backend: Backend | None, retrace: bool) -> None:
         self.function = function
-        self.reports: list[Report] = []
+        self.reports: list[CompileReport] = []
         self.misses = 0
         self._program = program
         self._backend = backend

@@ -63,7 +63,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Report:
+class CompileReport:
     """How a call was compiled, for arguments of one kind."""
 
     backend: str
@@ -84,7 +84,7 @@ class Report:
         return self.spent / won if won > 0 else inf
 
 
-def make(program: Program, call: Call, backend: Backend | None) -> tuple[Graph | None, Report]:
+def make(program: Program, call: Call, backend: Backend | None) -> tuple[Graph | None, CompileReport]:
     """Record a call, compile it, and compare.
 
     Args:
@@ -151,7 +151,7 @@ def make(program: Program, call: Call, backend: Backend | None) -> tuple[Graph |
         again()
         seconds = {} if backend else _measured(program, call, passed)
     best = next(iter(passed)) if backend else min(seconds, key=seconds.__getitem__)
-    return passed.get(best), Report(best, recording.operations, seconds, spent, tuple(rejected))
+    return passed.get(best), CompileReport(best, recording.operations, seconds, spent, tuple(rejected))
 
 
 @contextmanager
