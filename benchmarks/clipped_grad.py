@@ -12,15 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
-from rich.table import Table
 
 import plotting
 import report
 import runner
 from contest import CLIP_NORM, contest, memory
 from contestants import BASELINE, CONTESTANTS
-from runner import Effort, Point, Results
-from whole_step import OPTIMIZERS, whole_step
+from runner import Effort, Results
+from whole_step import COMPILED, OPTIMIZERS, WITH_PARTS, table, whole_step
 from workloads import SCALES, SHAPES
 
 EFFORTS = {
@@ -40,13 +39,15 @@ def compare(options: argparse.Namespace) -> None:
     """Measure what is missing, then show all of it.
 
     Args:
-        options: of the runner's parser, and `only`, the workloads; `contestants`; `optimizers` of whole steps; and
-            `points` and `picture`, what the file of the points and the picture are called.
+        options: of the runner's parser, and `only`, the workloads; `contestants`; `optimizers` of whole steps;
+            `compiled`, whether those are compiled as well; and `points` and `picture`, what the file of the points and
+            the picture are called.
     """
     workloads = {name: SCALES[options.scale][name] for name in options.only}
     contestants = [name for name in CONTESTANTS if name in {BASELINE, *options.contestants}]
     lines = [(row, name) for row in workloads for name in contestants]
     steps = {(row, name): f"step/{row}/{name}" for row in workloads for name in options.optimizers}
+    names = [*dict.fromkeys([*COMPILED, *WITH_PARTS])] if options.compiled else WITH_PARTS
 
     path = options.out / f"{options.points}_{options.scale}_{options.device}.json"
     picture = options.out / f"{options.picture}_{options.scale}_{options.device}.png"
@@ -58,7 +59,9 @@ def compare(options: argparse.Namespace) -> None:
             f"gradient/{row}/{name}": partial(contest, name, row, workloads[row], **how, references=Path(folder, row))
             for row, name in lines
         }
-        points |= {key: partial(whole_step, name, workloads[row], **how) for (row, name), key in steps.items()}
+        points |= {
+            key: partial(whole_step, name, workloads[row], **how, names=names) for (row, name), key in steps.items()
+        }
         points |= {f"memory/{row}/{name}": partial(memory, name, row, workloads[row], **how) for row, name in lines}
         runner.run(points, results)
 
@@ -73,7 +76,7 @@ def compare(options: argparse.Namespace) -> None:
     for row, points in measured.items():
         console.print(report.gradient_table(report.caption(row, workloads[row]), points))
     for (row, name), key in steps.items():
-        console.print(_step_table(f"Whole step by {name}: {report.caption(row, workloads[row])}", results[key]))
+        console.print(table(f"Whole step by {name}: {report.caption(row, workloads[row])}", results[key]))
     note = f"{results.where()}. Dots: medians over the rounds; bars: quartiles."
     plotting.ratio_dots(report.ratios(measured, workloads), TITLE, note).savefig(picture)
     console.print(f"{path}, {picture}", soft_wrap=True)
@@ -84,6 +87,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="these workloads; all of the papers'")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], help="these; all")
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=[*OPTIMIZERS], help="these; all")
+    parser.add_argument("--compiled", action="store_true", help="whole steps also compiled, which takes minutes each")
     parser.set_defaults(points="clipped_grad", picture="clipped_grad")
     options = runner.parse(parser, argv)
     known = SCALES[options.scale]
@@ -91,17 +95,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown := set(options.only) - set(known):
         parser.error(f"no workload {', '.join(sorted(unknown))} at scale {options.scale}: there are {', '.join(known)}")
     return options
-
-
-def _step_table(title: str, point: Point) -> Table:
-    made = report.table(title, "part", "seconds", "× non-private step", "peak MB")
-    if "failure" in point:
-        made.add_row("(all)", point["failure"])
-    for name, part in point.get("parts", {}).items():
-        made.add_row(
-            name, f"{part['seconds']:.4f}", report.with_quartiles(part["ratio"]), report.megabytes(part["peak_bytes"])
-        )
-    return made
 
 
 if __name__ == "__main__":

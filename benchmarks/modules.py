@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = runner.parser("The shapes that people train, beside Opacus.", clipped_grad.EFFORTS)
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="these workloads; all of the scale's")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], help="these; all")
-    parser.set_defaults(points="modules", picture="modules", optimizers=())
+    parser.set_defaults(points="modules", picture="modules", optimizers=(), compiled=False)
     options = runner.parse(parser, argv)
     options.only = options.only or ROWS[options.scale]
     if unknown := set(options.only) - set(SCALES[options.scale]):

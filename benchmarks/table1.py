@@ -18,7 +18,7 @@ ROWS = {"smoke": ["tiny"], "cpu": ["alexnet_224", "vgg16_224"], "full": ["alexne
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing of the paper's two networks, then show it."""
     parser = runner.parser("Table 1 of Rochette et al. 2019.", clipped_grad.EFFORTS)
-    parser.set_defaults(points="clipped_grad", picture="table1", contestants=CONTESTANTS, optimizers=())
+    parser.set_defaults(points="clipped_grad", picture="table1", contestants=CONTESTANTS, optimizers=(), compiled=False)
     options = runner.parse(parser, argv)
     options.only = ROWS[options.scale]
     clipped_grad.compare(options)

@@ -1,21 +1,24 @@
-"""The whole step, with noise and update, against an ordinary one; and what noise and update take of it."""
+"""The whole step, with noise and update, against an ordinary one: eager, compiled, and what its parts take."""
 
-from collections.abc import Callable
-from copy import deepcopy
+import os
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from rich.table import Table
 
 import native
 import peers
 import pegrad
+import report
 from contest import CLIP_NORM, FEW
 from isolation import FailedError, in_own_process, peak
+from pegrad import trees
 from pegrad.papers.comparison import interleaved
-from pegrad.trees import PyTree
 from runner import Effort, Point, spread
 from workloads import Task, Workload, cross_entropies
 
@@ -26,31 +29,72 @@ OPTIMIZERS: dict[str, tuple[Any, Any]] = {
     "sgd": (torch.optim.SGD, pegrad.optim.sgd),
     "adam": (torch.optim.Adam, pegrad.optim.adam),
 }
-BASELINE = "non-private step"
+ORDINARY, ORDINARY_COMPILED = "non-private step", "non-private step, compiled"
+PRIVATE, PRIVATE_COMPILED = "private step", "private step, compiled"
+OPACUS = "private step of Opacus"
+WITH_PARTS = ORDINARY, PRIVATE, "noise", "private update", "non-private update"
+COMPILING = 900.0  # seconds that it may take
+COMPILED = ORDINARY, ORDINARY_COMPILED, PRIVATE, PRIVATE_COMPILED, OPACUS
 
 
-def whole_step(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
-    """Time a step and its parts, all in turns, in a process of its own, and measure their memory in another.
+def whole_step(optimizer: str, workload: Workload, effort: Effort, device: str, names: Sequence[str]) -> Point:
+    """Time steps, all in turns, in a process of its own, and measure the memory of each in another.
+
+    Compilers find nothing that was compiled before.
 
     Args:
         optimizer: a key of `OPTIMIZERS`.
         workload: what is computed.
         effort: how many rounds, and how long.
         device: where.
+        names: keys of `STEPS`, `ORDINARY` among them.
 
     Returns:
-        `failure`, a short phrase; or `parts`: by name, `seconds`, their `ratio` to the non-private step's, round by
-        round, and `peak_bytes`; and `warnings`.
+        `failure`, a short phrase; or `parts`: by name, `seconds`, their `ratio` to the better of the ordinary steps,
+        round by round, `peak_bytes`, `memory`, which is that to the lesser of theirs, and of what is compiled
+        `compiled`: the seconds `spent`, the `backend`, and `pays_after` how many steps; and `warnings`.
     """
-    where = {"limit": effort.limit, "device": device}
-    try:
-        times = in_own_process(_times, optimizer, workload, effort, device, **where)
-        peaks = in_own_process(_peaks, optimizer, workload, device, **where)
-    except FailedError as error:
-        return {"failure": str(error)}
-    for name, part in times["parts"].items():
-        part["peak_bytes"] = peaks["peak_bytes"][name]
-    return times
+    where = {"limit": effort.limit + COMPILING * (PRIVATE_COMPILED in names), "device": device}
+    with TemporaryDirectory() as cache:
+        try:
+            point = in_own_process(_times, names, optimizer, workload, effort, device, cache, **where)
+        except FailedError as error:
+            return {"failure": str(error)}
+        for name, part in point["parts"].items():
+            by = part.get("compiled", {}).get("backend")
+            try:
+                found = in_own_process(_peak, name, by, optimizer, workload, device, cache, **where)
+                part["peak_bytes"] = found["bytes"]
+            except FailedError as error:
+                part["peak_bytes"], part["memory_failure"] = None, str(error)
+    peaks = [point["parts"][name]["peak_bytes"] for name in (ORDINARY, ORDINARY_COMPILED) if name in point["parts"]]
+    least = min((found for found in peaks if found), default=None)
+    for part in point["parts"].values():
+        part["memory"] = part["peak_bytes"] / least if part["peak_bytes"] and least else None
+    return point
+
+
+def table(title: str, point: Point) -> Table:
+    """Show what `whole_step` returned."""
+    compiled = any("compiled" in part for part in point.get("parts", {}).values())
+    more = ["compiled in, s", "pays after", "by"] if compiled else []
+    made = report.table(title, "part", "seconds", "× non-private step", "peak MB", *more)
+    if "failure" in point:
+        made.add_row("(all)", point["failure"])
+    for name, part in point.get("parts", {}).items():
+        if "failure" in part:
+            made.add_row(name, "", part["failure"], style="dim")
+            continue
+        how = part.get("compiled", {})
+        made.add_row(
+            name,
+            f"{part['seconds']:.4f}",
+            report.with_quartiles(part["ratio"]),
+            report.megabytes(part["peak_bytes"]) + (f" (× {part['memory']:.2f})" if part.get("memory") else ""),
+            *([f"{how['spent']:.0f}", f"{how['pays_after']:.0f}" if how.get("pays_after") else "", how["backend"]]
+              if how else [""] * len(more)),
+        )  # fmt: skip
+    return made
 
 
 def adaptive_step(name: str, workload: Workload, effort: Effort, device: str) -> Point:
@@ -95,65 +139,143 @@ ADAPTIVE: dict[str, Callable[[Task], Callable[[], Any]]] = {
 """By name, from a task to a whole step."""
 
 
-def _times(optimizer: str, workload: Workload, effort: Effort, device: str) -> Point:
-    times = interleaved(_functions(optimizer, workload.task(device)), effort.step_rounds, device)
-    base = times[BASELINE]
-    parts = {
-        name: {"seconds": median(own), "ratio": spread(o / b for o, b in zip(own, base, strict=True))}
-        for name, own in times.items()
-    }
+def _times(names: Sequence[str], optimizer: str, workload: Workload, effort: Effort, device: str, cache: str) -> Point:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that compiling takes as long as the first time
+    task = workload.task(device)
+    steps: dict[str, Callable[[], Any]] = {}
+    parts: dict[str, Point] = {}
+    for name in names:
+        try:
+            step, made = STEPS[name](task, optimizer)
+            step()
+            steps[name], parts[name] = step, {"compiled": made} if made else {}
+        except Exception as error:
+            parts[name] = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+    times = interleaved(steps, effort.step_rounds, device)
+    better = [min(pair) for pair in zip(*(times[n] for n in (ORDINARY, ORDINARY_COMPILED) if n in times), strict=True)]
+    for name, own in times.items():
+        parts[name]["seconds"] = median(own)
+        parts[name]["ratio"] = spread(o / b for o, b in zip(own, better, strict=True))
+    for compiled, eager in (ORDINARY_COMPILED, ORDINARY), (PRIVATE_COMPILED, PRIVATE):
+        if compiled in times and parts[compiled]["compiled"]["backend"] != "eagerly":
+            won = parts[eager]["seconds"] - parts[compiled]["seconds"]
+            parts[compiled]["compiled"]["pays_after"] = parts[compiled]["compiled"]["spent"] / won if won > 0 else None
     return {"parts": parts}
 
 
-def _peaks(optimizer: str, workload: Workload, device: str) -> Point:
+def _peak(name: str, by: str | None, optimizer: str, workload: Workload, device: str, cache: str) -> Point:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # that of the steps' times
     task = workload.task(device)
-    warm_up, _ = peak(partial(_functions, optimizer, task.first(FEW)), device)
-    for run in warm_up.values():
-        peak(run, device)
-    functions, _ = peak(partial(_functions, optimizer, task), device)  # gradients are computed for it
-    return {"peak_bytes": {name: peak(run, device)[1] for name, run in functions.items()}}
+    if by == "eagerly":
+        name, by = PRIVATE, None
+    if by:
+        make = partial(_private, compiles=True, backend=by) if name == PRIVATE_COMPILED else STEPS[name]
+        run, _ = make(task, optimizer)
+        run()
+    else:
+        STEPS[name](task.first(FEW), optimizer)[0]()
+        run, _ = STEPS[name](task, optimizer)
+    return {"bytes": peak(run, device)[1]}
 
 
-def _functions(optimizer: str, task: Task) -> dict[str, Callable[[], Any]]:
-    ordinary, ours = OPTIMIZERS[optimizer]
-    return _ordinary_step(task, ordinary) | _private_step(task, ours(LEARNING_RATE))
+def _ordinary(task: Task, optimizer: str, *, compiles: bool = False) -> tuple[Callable[[], Any], Point]:
+    """The mean loss's gradient and torch's own optimizer, in place, on a copy of the parameters."""
+    module = task.module()
+    images, labels = task.batch
+    inner = OPTIMIZERS[optimizer][0](native.trained(module), lr=LEARNING_RATE)
+    network, update = (torch.compile(module), torch.compile(inner.step)) if compiles else (module, inner.step)
+
+    def step() -> None:
+        cross_entropies(network(images), labels).mean().backward()
+        update()
+        inner.zero_grad(set_to_none=True)
+
+    if not compiles:
+        return step, {}
+    begun = time.perf_counter()
+    step()
+    step()
+    return step, {"spent": time.perf_counter() - begun, "backend": "torch.compile"}
 
 
-def _ordinary_step(task: Task, make: Callable[..., torch.optim.Optimizer]) -> dict[str, Callable[[], Any]]:
-    """Gradient of the mean loss and torch's own optimizer, in place, on a copy of the parameters."""
-    module = deepcopy(task.module())
+def _ordinary_update(task: Task, optimizer: str) -> tuple[Callable[[], Any], Point]:
+    """What the update takes of an ordinary step."""
+    module = task.module()
     images, labels = task.batch
     parameters = list(native.trained(module))
-    optimizer = make(parameters, lr=LEARNING_RATE)
+    inner = OPTIMIZERS[optimizer][0](parameters, lr=LEARNING_RATE)
+    grads = torch.autograd.grad(cross_entropies(module(images), labels).mean(), parameters)
 
-    def gradient() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(cross_entropies(module(images), labels).mean(), parameters)
-
-    def update(grads: tuple[Tensor, ...]) -> None:
+    def update() -> None:
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-        optimizer.step()
-        optimizer.zero_grad()
+        inner.step()
+        inner.zero_grad(set_to_none=True)
 
-    return {BASELINE: lambda: update(gradient()), "non-private update": partial(update, gradient())}
+    return update, {}
 
 
-def _private_step(task: Task, optimizer: Any) -> dict[str, Callable[[], Any]]:
-    """The step of `pegrad.dp_sgd`, and the two parts of it that come after the clipped gradient."""
-    step = _step(task, optimizer, CLIP_NORM)
-    key = pegrad.random.key(0)
-    state = step.init(task.params, key)
+def _private(
+    task: Task, optimizer: str, *, compiles: bool = False, backend: str | None = None
+) -> tuple[Callable[[], Any], Point]:
+    """The step of `pegrad.dp_sgd`, on from where the one before it got to."""
+    step: Any = _step(task, OPTIMIZERS[optimizer][1](LEARNING_RATE), CLIP_NORM)
+    params = trees.map(torch.clone, task.params)
+    at = [params, step.init(params, pegrad.random.key(0))]
+    made: Point = {}
+    if compiles:
+        step = pegrad.compile(step, *at, task.batch, backend=backend)
+        (how,) = step.reports
+        made = {
+            "spent": how.spent,
+            "backend": how.backend,
+            "operations": how.operations,
+            "seconds": dict(how.seconds),
+            "rejected": list(how.rejected),
+        }
+
+    def run() -> None:
+        at[:] = step(*at, task.batch)[:2]
+
+    return run, made
+
+
+def _noise(task: Task, optimizer: str) -> tuple[Callable[[], Any], Point]:
+    """What noise takes of a private step."""
+    step = _step(task, OPTIMIZERS[optimizer][1](LEARNING_RATE), CLIP_NORM)
+    grads = step.clipped_grad(task.params, task.batch).grads
+    std = NOISE_MULTIPLIER * step.clipped_grad.sensitivity
+    return partial(pegrad.add_noise, pegrad.random.key(0), grads, std, step=0), {}
+
+
+def _private_update(task: Task, optimizer: str) -> tuple[Callable[[], Any], Point]:
+    """What the update takes of a private step."""
+    step = _step(task, OPTIMIZERS[optimizer][1](LEARNING_RATE), CLIP_NORM)
+    state = step.init(task.params, pegrad.random.key(0))
     grads = step.clipped_grad(task.params, task.batch).grads
 
-    def update() -> PyTree:
+    def update() -> Any:
         updates, _ = step.update(grads, state.optimizer, task.params)
         return pegrad.optim.apply_updates(task.params, updates)
 
-    return {
-        "private step": partial(step, task.params, state, task.batch),
-        "noise": partial(pegrad.add_noise, key, grads, NOISE_MULTIPLIER * step.clipped_grad.sensitivity, step=0),
-        "private update": update,
-    }
+    return update, {}
+
+
+def _opacus(task: Task, optimizer: str) -> tuple[Callable[[], Any], Point]:
+    return peers.opacus_step(task, OPTIMIZERS[optimizer][0], CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE), {}
+
+
+STEPS: dict[str, Callable[[Task, str], tuple[Callable[[], Any], Point]]] = {
+    ORDINARY: _ordinary,
+    ORDINARY_COMPILED: partial(_ordinary, compiles=True),
+    PRIVATE: _private,
+    PRIVATE_COMPILED: partial(_private, compiles=True),
+    OPACUS: _opacus,
+    "noise": _noise,
+    "private update": _private_update,
+    "non-private update": _ordinary_update,
+}
+"""By name, from a task and the name of an optimizer to a step or a part of one, and how it was compiled."""
 
 
 def _step(task: Task, optimizer: Any, clip_norm: float | pegrad.Adaptive) -> pegrad.DPSGD:

@@ -289,12 +289,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(("backend", "donate"), [("eager", False), ("eager", True), ("eager, eager", True)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_gives_the_same_bits_step_by_step(name, donate):
+def test_a_step_gives_the_same_bits_step_by_step(name, backend, donate):
     step = pegrad.dp_sgd(net, OPTIMIZERS[name](), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
     state = step.init(params(), pegrad.random.key(0))
-    compiled = pegrad.compile(step, params(), state, batch(0), MASK, backend="eager", donate=donate)
+    compiled = pegrad.compile(step, params(), state, batch(0), MASK, backend=backend, donate=donate)
     ours, theirs = (params(), state), (params(), state)
     if donate:
         theirs = trees.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, theirs)
@@ -361,12 +361,13 @@ def test_donated_memory_is_that_of_the_result():
         compiled(tied, step.init(tied, pegrad.random.key(0)), torch.ones(B, 4))
 
 
+@pytest.mark.parametrize("backend", ["eager", "eager, eager"])
 @pytest.mark.parametrize("clip_norm", [0.5, clipping.PerLayer(0.5)])
-def test_an_adaptive_step_follows_its_bounds(clip_norm):
+def test_an_adaptive_step_follows_its_bounds(clip_norm, backend):
     adaptive = pegrad.Adaptive(clip_norm, count_noise_multiplier=2.0, learning_rate=0.5)
     step = pegrad.dp_sgd(net, optim.adam(0.01), clip_norm=adaptive, noise_multiplier=1.0, expected_batch_size=4)
     ours = theirs = params(), step.init(params(), pegrad.random.key(0))
-    compiled = pegrad.compile(step, *ours, batch(0), MASK, backend="eager")
+    compiled = pegrad.compile(step, *ours, batch(0), MASK, backend=backend)
     for seed in range(4):
         rows, mask = batch(seed), MASK if seed % 2 else OTHER_MASK
         given, wanted = compiled(*theirs, rows, mask), step(*ours, rows, mask)
@@ -388,6 +389,8 @@ def test_bad_arguments_are_refused():
         pegrad.compile(function, donate=True)
     with pytest.raises(pegrad.LeafError, match="examples"):
         pegrad.compile(function, params(), (batch(0)[0], batch(0, 3)[1]), backend="eager")
+    with pytest.raises(pegrad.ArgumentError, match="each stage, 1 in all"):
+        pegrad.compile(function, params(), batch(0), backend="eager, eager")
     with pytest.raises(pegrad.ArgumentError, match="hashed"):
         pegrad.compile(lambda t, other: t * 2, torch.ones(2), {1, 2}, backend="eager")
 
@@ -513,6 +516,38 @@ def test_the_fastest_is_taken():
     assert set(report.seconds) == {"eagerly", "eager", "inductor"}
     assert report.backend == min(report.seconds, key=report.seconds.get)
     assert report.pays_after > 0
+
+
+def test_each_part_of_a_step_is_by_what_is_fastest_for_it():
+    step = pegrad.dp_sgd(net, optim.adam(0.01), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    state = step.init(params(), pegrad.random.key(0))
+    (report,) = pegrad.compile(step, params(), state, batch(0)).reports
+    assert set(report.seconds) == {"eagerly", "eager", "inductor, eager", "eager, inductor", "inductor"}
+    compiled = pegrad.compile(step, params(), state, batch(0), backend="inductor without pattern_matcher, eager")
+    assert compiled.reports[0].backend == "inductor without pattern_matcher, eager"
+    given, wanted = compiled(params(), state, batch(1)), step(params(), state, batch(1))
+    torch.testing.assert_close(given.params, wanted.params)
+    assert compiled.misses == 0
+
+
+def test_a_part_that_is_wrong_is_not_used(monkeypatch):
+    """The other part is, and what is tried in its place."""
+
+    class WrongNoise(Backend):
+        def __call__(self, graph, tensors):
+            noise = any("aes_normal" in str(node.target) for node in graph.graph.nodes)
+            if self.name != "inductor" or not noise:
+                return graph
+            return lambda *given: [t * (1 + 1e-2) if t.is_floating_point() else t for t in graph(*given)]
+
+        def alternatives(self):
+            return [self._replace(name="another")] if self.name == "inductor" else []
+
+    monkeypatch.setattr(pegrad.compiling.function, "_FAST", WrongNoise("inductor"))
+    step = pegrad.dp_sgd(net, optim.sgd(0.01), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    (report,) = pegrad.compile(step, params(), step.init(params(), pegrad.random.key(0)), batch(0)).reports
+    assert set(report.seconds) == {"eagerly", "eager", "inductor, eager", "eager, another", "inductor, another"}
+    assert "eager, inductor gives something else" in report.rejected[0]
 
 
 def test_recording_is_of_the_call_alone():

@@ -2287,8 +2287,8 @@ MUTANTS = [
         "a call that is made again begins from parameters that the graph has overwritten",
     ),
     Mutant(
-        "compiling/function.py",
-        "*[other] * plain(_copies(other.inputs))[1]]",
+        "compiling/trials.py",
+        "*[other] * plain(copies(other.inputs))[1]]",
         "]",
         "test_compiling.py -k found_out",
         "a key that became a constant of a graph repeats its noise",

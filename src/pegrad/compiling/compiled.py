@@ -6,10 +6,12 @@ from typing import Any, Literal
 import torch
 
 from pegrad.compiling.backends import Backend
-from pegrad.compiling.function import CompileReport, Graph, UnusualError, make, run
+from pegrad.compiling.function import CompileReport, make, run
+from pegrad.compiling.graphs import Backends, Graph
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.programs import Call, Function, Program
 from pegrad.compiling.step import StepProgram
+from pegrad.compiling.trials import UnusualError
 from pegrad.dp_sgd import DPSGD
 from pegrad.errors import ArgumentError, CompileError
 from pegrad.tracing.eager import outermost
@@ -49,8 +51,9 @@ def compile(
         example_args: arguments to compile for at once. None: the first call does it.
         backend: a compiler of `torch.compile`'s: `inductor`, which needs a C++ compiler on a CPU, `aot_eager`,
             `cudagraphs`, ...; or `eager`, which runs the graph as it is: the same bits as the call, without the Python
-            around it. None: `eager`, `inductor` and no graph at all are measured on the arguments, and the fastest is
-            taken.
+            around it. Of a step, `inductor, eager` is one for the clipped gradient and another for noise and update.
+            What a report says is understood. None: `eager`, `inductor`, for a step one of them for each part, and no
+            graph at all are measured on the arguments, and the fastest is taken.
         new_shapes: whether arguments of other shapes, dtypes, devices or values that are no tensors get a graph of
             their own, `compile`, or a `CompileError`, `refuse`.
         donate: of a step, take the memory of the old parameters and of the optimizer's old state for the new ones. The
@@ -83,7 +86,7 @@ def compile(
     if donate and not isinstance(function, DPSGD):
         raise ArgumentError("Expected donate=True for a step of dp_sgd alone: nothing else has arguments made anew")
     program = StepProgram(function, donate=donate) if isinstance(function, DPSGD) else Function(function)
-    compiled = Compiled(function, program, Backend(backend) if backend else None, new_shapes == "compile")
+    compiled = Compiled(function, program, _backends(backend) if backend else None, new_shapes == "compile")
     if example_args:
         compiled.prepare(*example_args)
     return compiled
@@ -99,12 +102,12 @@ class Compiled:
             hold.
     """
 
-    def __init__(self, function: Callable[..., Any], program: Program, backend: Backend | None, retrace: bool) -> None:
+    def __init__(self, function: Callable[..., Any], program: Program, by: Backends | None, retrace: bool) -> None:
         self.function = function
         self.reports: list[CompileReport] = []
         self.misses = 0
         self._program = program
-        self._backend = backend
+        self._backends = by
         self._retrace = retrace
         self._graphs: dict[Any, Graph | None] = {}
 
@@ -170,9 +173,15 @@ class Compiled:
                     "Expected arguments of the shapes, dtypes, devices and values that the function was compiled for, "
                     "got others: pad the batch and mask it, or compile with new_shapes='compile'"
                 )
-            self._graphs[kind], report = make(self._program, call, self._backend)
+            self._graphs[kind], report = make(self._program, call, self._backends)
             self.reports.append(report)
         return self._graphs[kind]
+
+
+def _backends(names: str) -> Backends:
+    """Read names as reports have them."""
+    parts = [name.strip().split(" without ") for name in names.split(",")]
+    return tuple(Backend(name, tuple(without)) for name, *without in parts)
 
 
 def _kind(inputs: Any) -> Any:

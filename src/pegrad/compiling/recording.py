@@ -6,6 +6,7 @@ loss closes over, frozen weights) become inputs of the graph as well, the very t
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any, NoReturn
@@ -18,8 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pegrad import trees
 from pegrad.assumptions import Assumptions, assuming
 from pegrad.compiling.pieces import Pieces
+from pegrad.compiling.stages import STAGE
 from pegrad.errors import CompileError, PegradError
-from pegrad.torch_internals import Operation, TorchDispatchMode, import_compiler, returns_view, unsafe_view, written
+from pegrad.torch_internals import TorchDispatchMode, import_compiler, unsafe_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +40,6 @@ class Recording:
     def operations(self) -> int:
         """How many there are in the graph."""
         return sum(node.op == "call_function" for node in self.graph.graph.nodes)
-
-    @property
-    def written_parts(self) -> int:
-        """How often the graph writes to a part of a tensor."""
-        written = [argument for node in self.graph.graph.nodes for argument in _written(node)]
-        return sum(_is_part(argument) for argument in written)
 
 
 Handed = Callable[[Any], Sequence[Tensor]]
@@ -68,6 +64,7 @@ def record(function: Callable[[Any], Any], inputs: Any, handed_over: tuple[Hande
     plain = [t.detach().as_subclass(Tensor) for t in tensors]
     assumptions = Assumptions()
     recorder = _Recorder(plain, assumptions)
+    before = _RECORDER.set(recorder)
     try:
         with torch.no_grad(), assuming(assumptions), recorder:
             given = structure.filled(plain)
@@ -84,9 +81,17 @@ def record(function: Callable[[Any], Any], inputs: Any, handed_over: tuple[Hande
         raise recorder.refused or CompileError(
             f"The call cannot be recorded: it ended with a {type(error).__name__} (above)"
         ) from error
+    finally:
+        _RECORDER.reset(before)
     if recorder.refused:  # and swallowed by the loss
         raise recorder.refused
     return Recording(recorder.finished([*outputs, held]), [t.detach() for t in recorder.captured], rest)
+
+
+def next_stage() -> None:
+    """Let a new stage of the graph begin, if a call is being recorded: see `pegrad.compiling.stages`."""
+    if recorder := _RECORDER.get():
+        recorder.stage += 1
 
 
 class _Recorder(TorchDispatchMode):
@@ -99,12 +104,14 @@ class _Recorder(TorchDispatchMode):
     Attributes:
         captured: the other inputs.
         refused: why the call cannot be recorded, if it cannot.
+        stage: of what comes now.
     """
 
     def __init__(self, inputs: list[Tensor], assumptions: Assumptions) -> None:
         super().__init__()
         self.captured: list[Tensor] = []
         self.refused: CompileError | None = None
+        self.stage = 0
         self._versions: list[int] = []
         self._assumptions = assumptions
         self._graph = Graph()
@@ -130,7 +137,7 @@ class _Recorder(TorchDispatchMode):
             self._refuse(f"{func} draws from a generator of its own")
         if func is _ATEN.lift_fresh.default:  # a new tensor of numbers that Python knows
             result = func(*args)
-            self._nodes[result] = self._graph.call_function(_ATEN.clone.default, (self._enter(result.clone()),))
+            self._nodes[result] = self._call(_ATEN.clone.default, (self._enter(result.clone()),))
             return result
         given = [
             (node or self._enter(leaf)) if isinstance(leaf, Tensor) else leaf
@@ -140,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         if func in _VIEWS and _same(result, args[0]):
             self._nodes[result] = given[0]
         else:
-            self._note(result, self._graph.call_function(func, *trees.unflatten(spec, given)))
+            self._note(result, self._call(func, *trees.unflatten(spec, given)))
         return result
 
     def finished(self, outputs: list[Tensor]) -> GraphModule:
@@ -165,7 +172,12 @@ class _Recorder(TorchDispatchMode):
         elif isinstance(result, tuple | list):
             for index, one in enumerate(result):
                 if isinstance(one, Tensor):
-                    self._nodes.setdefault(one, self._graph.call_function(getitem, (node, index)))
+                    self._nodes.setdefault(one, self._call(getitem, (node, index)))
+
+    def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+        node = self._graph.call_function(function, args, kwargs)
+        node.meta[STAGE] = self.stage
+        return node
 
     def _enter(self, tensor: Tensor) -> Node:
         """Make a tensor an input of the graph."""
@@ -189,22 +201,7 @@ def _same(view: Tensor, of: Tensor) -> bool:
     return view.shape == of.shape and view.stride() == of.stride() and view.storage_offset() == of.storage_offset()
 
 
-def _written(node: Node) -> list[Any]:
-    """Return the arguments that a node writes to."""
-    if not isinstance(node.target, Operation):
-        return []
-    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in written(node.target)]
-
-
-def _is_part(argument: Any) -> bool:
-    """Tell whether an argument is a view of another tensor."""
-    if not isinstance(argument, Node):
-        return False
-    if argument.target is getitem:
-        return _is_part(argument.args[0])
-    return isinstance(argument.target, Operation) and returns_view(argument.target)
-
-
+_RECORDER: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
 _ATEN = torch.ops.aten
 _VIEWS = {
     *(_ATEN.detach.default, _ATEN.alias.default, _ATEN.view.default, unsafe_view.default),

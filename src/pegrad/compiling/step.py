@@ -20,6 +20,7 @@ from pegrad.assumptions import unrecorded
 from pegrad.clipping import Clipping, Flat, Weighting
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.programs import Call, Trial
+from pegrad.compiling.recording import next_stage
 from pegrad.compiling.update import Numbers, counting, given, with_counts, without_counts
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step
 from pegrad.per_example import ClippedGrad
@@ -179,6 +180,7 @@ class _InGraph:
         return counts
 
     def each_normal(self, key: Tensor, leaves: list[Tensor]) -> Iterator[Tensor]:
+        next_stage()  # the gradient is there
         return iter(random.each_normal_from(self.keys, leaves))
 
 

@@ -1,0 +1,118 @@
+"""A recorded graph in stages, one after the other, each by a compiler of its own.
+
+What one compiler makes faster of a step's gradient, it may make slower of the noise and the update; and it may take
+very long over one of them alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from operator import getitem
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from pegrad.compiling.backends import Backend, Runs
+from pegrad.torch_internals import Operation, returns_view, written
+
+STAGE = "stage"
+"""In a node's `meta`: the number of its stage."""
+
+
+class Stage(NamedTuple):
+    """A part of a graph, as a graph."""
+
+    graph: GraphModule
+    inputs: list[Node]
+    """Of the whole: the nodes whose values it takes."""
+    outputs: list[Node]
+    """Of the whole: those of its own that others take."""
+
+    @property
+    def written_parts(self) -> int:
+        """How often it writes to a part of a tensor."""
+        written = [argument for node in self.graph.graph.nodes for argument in _written(node)]
+        return sum(_is_part(argument) for argument in written)
+
+
+class Staged:
+    """A graph in stages.
+
+    Args:
+        graph: the whole, each node but inputs and output marked with its `STAGE`.
+        tensors: what it is compiled for. They may be overwritten.
+
+    Attributes:
+        stages: in their order.
+    """
+
+    def __init__(self, graph: GraphModule, tensors: Sequence[Tensor]) -> None:
+        self.stages = list(_cut(graph.graph))
+        self._inputs = graph.graph.find_nodes(op="placeholder")
+        self._outputs = cast(list[Node], graph.graph.output_node().args[0])
+        self._examples: list[Sequence[Tensor]] = []
+        self._compiled: dict[tuple[int, Backend], Runs] = {}
+        self._of([self._noting(stage.graph) for stage in self.stages])(*tensors)
+
+    def compiled(self, backends: Sequence[Backend]) -> Runs:
+        """Compile each stage by its backend. None is compiled twice by the same.
+
+        Raises:
+            CompileError: one fails.
+        """
+        return self._of([self._part(number, backend) for number, backend in enumerate(backends)])
+
+    def _part(self, number: int, backend: Backend) -> Runs:
+        if (number, backend) not in self._compiled:
+            self._compiled[number, backend] = backend(self.stages[number].graph, self._examples[number])
+        return self._compiled[number, backend]
+
+    def _noting(self, run: Runs) -> Runs:
+        def noted(*tensors: Tensor) -> Sequence[Tensor]:
+            self._examples.append(tensors)
+            return run(*tensors)
+
+        return noted
+
+    def _of(self, parts: Sequence[Runs]) -> Runs:
+        """Return the whole as one part after the other; it holds no example."""
+        inputs, outputs, stages = self._inputs, self._outputs, self.stages
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            values = dict(zip(inputs, tensors, strict=True))
+            for stage, part in zip(stages, parts, strict=True):
+                values.update(zip(stage.outputs, part(*[values[node] for node in stage.inputs]), strict=True))
+            return [values[node] for node in outputs]
+
+        return run
+
+
+def _cut(graph: Graph) -> Iterator[Stage]:
+    """Cut a graph into its stages."""
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    for number in sorted({node.meta[STAGE] for node in nodes}):
+        own = {node: None for node in nodes if node.meta[STAGE] == number}
+        inputs = list(dict.fromkeys(i for node in own for i in node.all_input_nodes if i not in own))
+        outputs = [node for node in own if any(user not in own for user in node.users)]
+        part = Graph()
+        copies = {node: part.placeholder(node.name) for node in inputs}
+        for node in own:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+        part.output([copies[node] for node in outputs])
+        yield Stage(GraphModule(torch.nn.Module(), part), inputs, outputs)
+
+
+def _written(node: Node) -> list[Any]:
+    """Return the arguments that a node writes to."""
+    if not isinstance(node.target, Operation):
+        return []
+    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in written(node.target)]
+
+
+def _is_part(argument: Any) -> bool:
+    """Tell whether an argument is a view of another tensor."""
+    if not isinstance(argument, Node):
+        return False
+    if argument.target is getitem:
+        return _is_part(argument.args[0])
+    return isinstance(argument.target, Operation) and returns_view(argument.target)
