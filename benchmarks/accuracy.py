@@ -94,9 +94,9 @@ SCALES = {
     ),
     "cpu": Scale(
         _DIGITS,
-        _MNIST._replace(sampling_rate=128 / 60_000, epochs=1 / 6),
+        _MNIST._replace(sampling_rate=64 / 60_000, epochs=1 / 12),
         _RATES,
-        "MNIST: a sixth of an epoch, in batches of 128",
+        "MNIST: a twelfth of an epoch, in batches of 64",
     ),
     "full": Scale(_DIGITS, _MNIST, _RATES, "nothing"),
 }

@@ -31,8 +31,8 @@ from workloads import SCALES, TABLE, Task, Workload
 
 EFFORTS = {
     "smoke": Effort(rounds=1, limit=60),
-    "cpu": Effort(rounds=3, limit=900),
-    "full": Effort(rounds=15),
+    "cpu": Effort(rounds=3, limit=3600),
+    "full": Effort(rounds=15, limit=3600),
 }
 WORKLOADS = {"smoke": SCALES["smoke"]["tiny"], "cpu": TABLE["wrn16_4"], "full": TABLE["wrn16_4"]}
 CLIPPINGS: dict[str, Callable[[float], Clipping]] = {"flat": Flat, "per layer": PerLayer}
