@@ -17,9 +17,9 @@ from rich.table import Table
 
 import report
 import runner
-from pegrad import chacha, random
+from pegrad import random
 from pegrad.papers.comparison import interleaved
-from pegrad.random import Cipher
+from pegrad.random import Cipher, chacha
 from runner import Effort, Point, Results, spread
 
 EFFORTS = {"smoke": Effort(rounds=2), "cpu": Effort(rounds=30), "full": Effort(rounds=100)}

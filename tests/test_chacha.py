@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher as Reference
 from cryptography.hazmat.primitives.ciphers import algorithms
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pegrad import chacha, random
-from pegrad.box_muller import precision_of
+from pegrad import random
 from pegrad.errors import ArgumentError
-from pegrad.random import Cipher
+from pegrad.random import Cipher, chacha
+from pegrad.random.box_muller import precision_of
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 COUNTING = bytes(range(32))
@@ -190,7 +190,8 @@ def test_a_traced_draw_is_the_eager_one(cipher, mode):
 @pytest.mark.parametrize("cipher", Cipher)
 def test_one_derived_key_draws_a_slice(cipher):
     rows = random.leaf_keys(random.key(1), LEAVES, cipher=cipher)
-    drawn = random.normal_from(rows[3], 1001, 500, 700, dtype=torch.float64, cipher=cipher)
+    leaf, part = torch.zeros(200, dtype=torch.float64), random.Part(1001, 500, 700)
+    drawn = random.each_normal_from(rows[3:], [leaf], [part], cipher=cipher)[0]
     key = random.fold_in(random.key(1), 3)
     assert torch.equal(drawn, random.normal_slice(key, 1001, 500, 700, dtype=torch.float64, cipher=cipher))
 
@@ -209,12 +210,12 @@ def test_no_key_is_baked_into_a_graph(cipher, mode):
         lambda x: random.permutation(key, 10),
         lambda x: random.leaf_keys(key, LEAVES, cipher=cipher),
         lambda x: random.each_normal_from(rows, LEAVES, cipher=cipher),
-        lambda x: x + random.normal_from(row, 10, 0, 10, cipher=cipher),
+        lambda x: x + random.each_normal_from(row, [x], [random.Part(100, 50, 60)], cipher=cipher)[0],
     ]
     if mode == "real":  # otherwise torch refuses what is real in a graph
         bad.append(lambda x: random.each_normal_from(rows + 0, LEAVES, cipher=cipher))
         bad.append(lambda x: random.each_normal_from(rows + x[:1].to(torch.uint8), LEAVES, cipher=cipher))
-    row = rows[3]
+    row = rows[3:]
     for function in bad:
         with pytest.raises(ArgumentError, match="at every run"):
             make_fx(function, tracing_mode=mode)(torch.zeros(10))

@@ -97,7 +97,7 @@ def test_noise_makes_no_second_copy_of_the_model(monkeypatch):
         return draw(*args, **kwargs)
 
     monkeypatch.setattr(ClippedGrad, "finish", clip_and_watch)
-    monkeypatch.setattr(random, "normal_slice", draw_and_count)
+    monkeypatch.setattr(random.leaves, "normal_slice", draw_and_count)
     step = make()
     step(PARAMS, step.init(PARAMS, random.key(1)), BATCH)
     assert alive == [2, 1]

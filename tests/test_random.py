@@ -5,15 +5,18 @@ import io
 import itertools
 import math
 import pickle
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy import stats
 
-from pegrad import aes, chacha, random
-from pegrad.box_muller import box_muller, fill, precision_of
+from pegrad import random
 from pegrad.errors import ArgumentError, LeafError
-from pegrad.random import Cipher
+from pegrad.random import Cipher, aes, chacha, ciphers, draws
+from pegrad.random.box_muller import box_muller, fill, precision_of
+from pegrad.random.keys import derive_for
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -111,6 +114,19 @@ def test_no_key_prints_its_bytes():
     assert str(holder.state_dict()["key"]) == "key(…)"
 
 
+def test_a_key_that_was_saved_by_0_2_loads(monkeypatch):
+    """Catches: a file that names the key's old place, `pegrad.keys`, and that is refused."""
+    key, file = random.key(3), io.BytesIO()
+    with monkeypatch.context() as before:
+        before.setattr(random.Key, "__module__", "pegrad.keys")
+        before.setitem(sys.modules, "pegrad.keys", SimpleNamespace(Key=random.Key))
+        torch.save(key, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert isinstance(loaded, random.Key)
+    assert torch.equal(loaded, key)
+
+
 def test_what_is_no_longer_the_bytes_of_a_key_is_a_plain_tensor():
     """Catches: a type that spreads to whatever a key is compared or combined with, and hides it."""
     key = random.key(3)
@@ -160,8 +176,8 @@ def test_derived_keys_never_coincide():
 def test_purposes_use_different_streams(monkeypatch):
     """Catches a uniform, a normal or a permutation that runs on the keystream of another, of the other cipher's, or on
     a child's key."""
-    derive, derived = random._derived, []
-    monkeypatch.setattr(random, "_derived", lambda *args: derived.append(derive(*args)) or derived[-1])
+    derived = []
+    monkeypatch.setattr(draws, "derive_for", lambda *args: derived.append(derive_for(*args)) or derived[-1])
     key = random.key(1)
     keys = [key, random.fold_in(key, 0), random.split(key)[0]]
     for each in keys:
@@ -278,7 +294,7 @@ def test_counts_around_the_block_size(cipher):
 def test_a_slice_is_that_of_the_whole(monkeypatch, dtype, cipher):
     """Catches a keystream that is entered at a wrong place, a last block taken for a full one, a part off by one."""
     monkeypatch.setattr(aes, "_BLOCK", 32)
-    monkeypatch.setattr(random, "_AT_ONCE_ON_CPU", 13)
+    monkeypatch.setattr(chacha, "_AT_ONCE_ON_CPU", 13)
     for numel in (0, 1, 31, 33, 65) if cipher is Cipher.AES else (0, 1, 23):
         whole = random.normal(random.key(5), (numel,), dtype=dtype, cipher=cipher)
         for start, stop in itertools.combinations_with_replacement(range(numel + 1), 2):
@@ -326,7 +342,7 @@ def test_devices_agree(device, cipher):
 
 def test_the_device_chooses_the_cipher():
     """Catches: a default that is not the documented one."""
-    chosen = [random._chosen(None, torch.device(device)) for device in ("cpu", "meta", "cuda", "mps")]
+    chosen = [ciphers.chosen(None, torch.device(device)) for device in ("cpu", "meta", "cuda", "mps")]
     assert chosen == [Cipher.AES, Cipher.AES, Cipher.CHACHA20, Cipher.CHACHA20]
 
 
@@ -342,7 +358,7 @@ def test_leaves_are_drawn_together_as_each_alone(monkeypatch, cipher):
         for part in [part or random.Part(leaf.numel(), 0, leaf.numel())]
     ]
     for at_once in (1, 12, 1 << 16):
-        monkeypatch.setattr(random, "_AT_ONCE_ON_CPU", at_once)
+        monkeypatch.setattr(chacha, "_AT_ONCE_ON_CPU", at_once)
         together = list(random.each_normal(random.key(3), leaves, parts, cipher=cipher))
         assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
         assert all(
@@ -435,8 +451,8 @@ def test_the_seed_of_torch_is_no_part_of_the_keys_own_stream():
         seed = torch.initial_seed().to_bytes(8, "little", signed=torch.initial_seed() < 0)
     streams = [bytes(key.tolist())]
     streams += [bytes(other.tolist()) for other in (random.fold_in(key, 0), *random.split(key))]
-    purposes = [*random._NORMAL.values(), *random._UNIFORM.values()]
-    streams += [aes.keystream(random._derived(key, purpose)).update(bytes(64)) for purpose in purposes]
+    purposes = [*ciphers.NORMAL.values(), *ciphers.UNIFORM.values()]
+    streams += [aes.keystream(derive_for(key, purpose)).update(bytes(64)) for purpose in purposes]
     assert all(seed not in stream for stream in streams)
 
 
@@ -501,7 +517,6 @@ def test_what_is_not_a_key_is_refused(key):
         lambda: random.permutation(key, 2),
         lambda: random.tree_normal(key, [torch.zeros(1)]),
         lambda: random.leaf_keys(key, [torch.zeros(1)]),
-        lambda: random.normal_from(key, 1, 0, 1),
     ]
     for call in calls:
         with pytest.raises(ArgumentError, match="Expected a key"):
@@ -527,8 +542,10 @@ def test_what_is_not_a_key_is_refused(key):
         (lambda key: random.normal_slice(key, 5, 3, 6), "start <= stop <= numel, got start=3, stop=6, numel=5"),
         (lambda key: random.normal_slice(key, 5, -1, 2), "start >= 0, got start=-1"),
         (lambda key: random.normal(key, (2,), cipher="AES"), "cipher to be a pegrad.random.Cipher or None, got str"),
-        (lambda key: random.normal_from(key, 5, 3, 6), "start <= stop <= numel, got start=3, stop=6, numel=5"),
-        (lambda key: random.normal_from(key, 5, 3, 4, dtype=torch.int64), "dtype=torch.int64"),
+        (
+            lambda key: random.each_normal_from(key[None], [torch.zeros(3)], [random.Part(5, 3, 6)]),
+            "start <= stop <= numel, got start=3, stop=6, numel=5",
+        ),
         (
             lambda key: random.each_normal_from(key, [torch.zeros(1)]),
             r"shape \(1, 32\), got torch.uint8 of shape \(32,\)",
@@ -546,3 +563,5 @@ def test_bad_arguments_are_refused(call, message):
 def test_tree_normal_names_the_leaf(leaf, kind):
     with pytest.raises(LeafError, match=rf"\['b'\]\[1\].*{kind}"):
         random.tree_normal(random.key(0), {"a": torch.zeros(1), "b": [torch.zeros(1), leaf]})
+    with pytest.raises(LeafError, match=rf"\[0\].*{kind}"):
+        random.each_normal_from(random.key(0)[None], [leaf])

@@ -62,7 +62,7 @@ def recorded(monkeypatch, step, *arguments):
 
     with monkeypatch.context() as patch:
         patch.setattr(ClippedGrad, "finish", clip_and_keep)
-        patch.setattr(random, "normal_slice", draw_and_keep)
+        patch.setattr(random.leaves, "normal_slice", draw_and_keep)
         return step(*arguments), seen
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
-from pegrad import aes, random
+from pegrad import random
 from pegrad.errors import ArgumentError, BatchOverflowError, LeafError
+from pegrad.random import aes
 from pegrad.sampling import (
     BallsInBinsSampler,
     CyclicPoissonSampler,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pegrad.dp_sgd import DPSGD, State, Step
 from pegrad.errors import ArgumentError
-from pegrad.keys import key_bytes
 from pegrad.papers.data import Dataset
 from pegrad.papers.training import Plan
+from pegrad.random.keys import key_bytes
 from pegrad.sampling import Draw
 from pegrad.trees import PyTree
 

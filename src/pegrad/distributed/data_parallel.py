@@ -17,9 +17,9 @@ from pegrad.distributed.shares import Share
 from pegrad.distributed.sums import FastSum, Summation
 from pegrad.dp_sgd import DPSGD, Release, State, Step
 from pegrad.errors import ArgumentError
-from pegrad.keys import key_bytes
 from pegrad.optim.base import GradientTransformation
 from pegrad.per_example import ClippedGrad
+from pegrad.random.keys import key_bytes
 from pegrad.ranks import ClippedSum
 from pegrad.tracing.eager import outermost
 from pegrad.trees import PyTree

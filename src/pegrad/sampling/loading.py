@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from pegrad import trees
 from pegrad._validate import check_integer, check_size
 from pegrad.errors import ArgumentError
-from pegrad.keys import check_key
+from pegrad.random.keys import check_key
 from pegrad.sampling.draws import Draw, UserDraw
 
 Rows = list[Any]  # int for each example; for each user a tuple of int

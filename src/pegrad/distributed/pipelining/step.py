@@ -11,7 +11,7 @@ from pegrad.distributed.pipelining.clipped import pipeline
 from pegrad.distributed.pipelining.layout import Stage
 from pegrad.dp_sgd import DPSGD, Release, State
 from pegrad.errors import ArgumentError
-from pegrad.keys import key_bytes
+from pegrad.random.keys import key_bytes
 from pegrad.ranks import Ranks
 from pegrad.trees import PyTree
 

@@ -23,11 +23,20 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pegrad.box_muller import Precision, box_muller, precision_of, uniform_of
+from pegrad.random.box_muller import Precision, box_muller, precision_of, uniform_of
 
 _CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)  # "expand 32-byte k"
 _WORDS = 16  # of a block
 _DOUBLE_ROUNDS = 10
+
+# How many numbers are made at once outside of graphs: as many as stay in cache on a CPU; on an accelerator so many that
+# launching the operations costs little, at some 200 MB. No part of what a key means.
+_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 16, 1 << 22
+
+
+def at_once(device: torch.device) -> int:
+    """How many numbers are to be made at once outside of graphs."""
+    return _AT_ONCE_ON_CPU if device.type == "cpu" else _AT_ONCE
 
 
 def key_words(derived: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Key(Tensor):
         return memo.setdefault(id(self), self.clone())
 
 
-torch.serialization.add_safe_globals([Key])  # for torch.load's default, weights_only=True
+# For torch.load's default, weights_only=True; the second is its name in files of pegrad 0.2.
+torch.serialization.add_safe_globals([Key, (Key, "pegrad.keys.Key")])
 
 
 def key(seed: int | None = None) -> Key:
@@ -127,6 +128,15 @@ def derive(key: bytes, purpose: bytes, data: int) -> bytes:
     return hashlib.blake2b(encoded, digest_size=KEY_BYTES, key=key, person=purpose).digest()
 
 
+def derive_for(key: Tensor, purpose: bytes) -> bytes:
+    """Derive the 256 bits that a key gives for a purpose.
+
+    Raises:
+        ArgumentError: `key` is not a key, or a graph is being traced.
+    """
+    return derive(key_bytes(key), purpose, 0)
+
+
 def as_key(digest: bytes) -> Key:
     """Make a key of 32 bytes."""
     return torch.tensor(list(digest), dtype=torch.uint8, device="cpu").as_subclass(Key)
@@ -146,7 +156,7 @@ def key_bytes(key: Tensor) -> bytes:
         raise ArgumentError(
             "Expected no graph to be traced where a key's bytes are read: whatever is derived from them would be a "
             "constant of the graph, and its noise the same at every run. Derive keys outside, by "
-            "pegrad.random.leaf_keys, make them an input of the graph, and draw by normal_from or each_normal_from."
+            "pegrad.random.leaf_keys, make them an input of the graph, and draw by each_normal_from."
         )
     return bytes(key.tolist())
 

@@ -8,7 +8,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from torch import Tensor
 
-from pegrad.box_muller import Precision, fill, precision_of
+from pegrad.random.box_muller import Precision, fill, precision_of
 
 # Normals are made in blocks: working memory stays at a few megabytes, in cache, however large the request.
 # Part of what a key means: another value gives other numbers.
