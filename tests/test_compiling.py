@@ -424,15 +424,28 @@ def test_a_backend_that_gives_something_else_is_not_used(monkeypatch, name, nois
     assert compiled.reports[0].backend == "eager"
 
 
+def draws(graph):
+    return any("aes_normal" in str(node.target) for node in graph.graph.nodes)
+
+
 class Hiding(Backend):
     """Makes the clipped sum of `net` a little too large, where there is noise that hides it."""
 
     def __call__(self, graph, tensors):
+        names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
+        if not draws(graph):
+            return graph
+
         def run(*given):
+            old = {t.shape: t for t, name in zip(given, names, strict=True) if name in ("input_0", "input_1")}
             sensitive = [t.dim() == 0 and t.dtype == torch.float64 and 0.12 < t < 0.13 for t in given]
-            silent = graph(*(torch.zeros_like(t) if yes else t for t, yes in zip(given, sensitive, strict=True)))
+            silent = graph(
+                *(torch.zeros_like(t) if yes else t.clone() for t, yes in zip(given, sensitive, strict=True))
+            )
             outputs = graph(*given)
-            return [*(b + 0.004 * (c - a) for a, b, c in zip(given[:2], outputs, silent, strict=False)), *outputs[2:]]
+            return [
+                b + 0.0005 * (c - old[b.shape]) if b.shape in old else b for b, c in zip(outputs, silent, strict=True)
+            ]
 
         return run
 
@@ -462,7 +475,7 @@ class Rounding(Backend):
 
 
 def test_a_gradient_that_is_nothing_but_rounding_may_be_another(monkeypatch):
-    """Adam makes a whole step of it, one way or the other; a tensor that is wrong is found out all the same."""
+    """Adam makes a whole step of it, one way or the other; a part that is wrong is found out all the same."""
 
     def invariant(parameters, example):
         x, y = example
@@ -535,8 +548,7 @@ def test_a_part_that_is_wrong_is_not_used(monkeypatch):
 
     class WrongNoise(Backend):
         def __call__(self, graph, tensors):
-            noise = any("aes_normal" in str(node.target) for node in graph.graph.nodes)
-            if self.name != "inductor" or not noise:
+            if self.name != "inductor" or not draws(graph):
                 return graph
             return lambda *given: [t * (1 + 1e-2) if t.is_floating_point() else t for t in graph(*given)]
 
@@ -547,7 +559,7 @@ def test_a_part_that_is_wrong_is_not_used(monkeypatch):
     step = pegrad.dp_sgd(net, optim.sgd(0.01), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
     (report,) = pegrad.compile(step, params(), step.init(params(), pegrad.random.key(0)), batch(0)).reports
     assert set(report.seconds) == {"eagerly", "eager", "inductor, eager", "eager, another", "inductor, another"}
-    assert "eager, inductor gives something else" in report.rejected[0]
+    assert "inductor gives something else on stage 1" in report.rejected[0]
 
 
 def test_recording_is_of_the_call_alone():

@@ -10,11 +10,10 @@ from pegrad import trees
 from pegrad.checking.compare import TOLERANCE
 
 _SHARE = 1e-2  # a tensor that is next to nothing is judged by this share of its largest neighbour
-_FURTHER = 4.0  # than what comes of inputs that differ in their last places
 _LAST_PLACES = 2  # what is rounded away where a little is added to much
 
 
-def worst_difference(given: Any, wanted: Any, start: Any = None, swayed: Any = None) -> float:
+def worst_difference(given: Any, wanted: Any, start: Any = None) -> float:
     """Measure how far a value is from what it should be, over what passes for rounding: above 1 is too far.
 
     A floating-point tensor is measured by the norm of the difference, relative to its own; where it started from
@@ -27,26 +26,23 @@ def worst_difference(given: Any, wanted: Any, start: Any = None, swayed: Any = N
         wanted: what should have.
         start: of the same structure as the value, or a part of it, field by field: where a tensor started from, or
             None.
-        swayed: of the structure of the value: what should come of inputs that differ in their last places. A tensor may
-            be some times as far off as that is. None: it is not known.
     """
-    swayed = wanted if swayed is None else swayed
     if not isinstance(wanted, tuple):
-        return _worst(given, wanted, start, swayed)
-    fields = zip(given, wanted, start or (None,) * len(wanted), swayed, strict=True)
+        return _worst(given, wanted, start)
+    fields = zip(given, wanted, start or (None,) * len(wanted), strict=True)
     return max((_worst(*field) for field in fields), default=0.0)
 
 
-def _worst(given: Any, wanted: Any, start: Any, swayed: Any) -> float:
-    tensors, expected, others = (trees.leaves(tree) for tree in (given, wanted, swayed))
+def _worst(given: Any, wanted: Any, start: Any) -> float:
+    tensors, expected = trees.leaves(given), trees.leaves(wanted)
     origins = trees.leaves(start) if start is not None else [None] * len(expected)
     ways = [_way(tensor, origin) for tensor, origin in zip(expected, origins, strict=True)]
     scale = max((float(way.norm()) for way in ways if way is not None), default=0.0)
-    columns = zip(tensors, expected, origins, ways, others, strict=True)
+    columns = zip(tensors, expected, origins, ways, strict=True)
     return max((_far(*column, scale) for column in columns), default=0.0)
 
 
-def _far(given: Any, wanted: Any, origin: Tensor | None, way: Tensor | None, swayed: Any, scale: float) -> float:
+def _far(given: Any, wanted: Any, origin: Tensor | None, way: Tensor | None, scale: float) -> float:
     if not isinstance(wanted, Tensor):
         return 0.0 if given == wanted else inf
     if given.shape != wanted.shape or given.dtype != wanted.dtype:
@@ -58,8 +54,6 @@ def _far(given: Any, wanted: Any, origin: Tensor | None, way: Tensor | None, swa
     allowed = TOLERANCE[wanted.dtype] * max(float(way.norm()), _SHARE * scale)
     if origin is not None:
         allowed += _LAST_PLACES * torch.finfo(wanted.dtype).eps * float(origin.double().norm())
-    if swayed is not wanted:
-        allowed += _FURTHER * float(torch.nan_to_num(swayed.double() - wanted.double(), 0, 0, 0).norm())
     if not error:
         return 0.0
     return error / allowed if allowed else inf

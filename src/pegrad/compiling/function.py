@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from math import inf
 from statistics import median
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from pegrad.compiling.backends import Backend
-from pegrad.compiling.graphs import PLAIN, Backends, Compiler, Graph, alternatives, named
+from pegrad.compiling.graphs import PLAIN, Backends, Compiler, Graph, named
 from pegrad.compiling.programs import Call, Program
 from pegrad.compiling.recording import record
 from pegrad.compiling.trials import Trials, copies, repeated
@@ -69,43 +70,51 @@ def make(program: Program, call: Call, backends: Backends | None) -> tuple[Graph
         compiler = Compiler(recording, inputs)
         again()
         trials = Trials(program, call, inputs, compiler.graph((PLAIN,)), again)
-        rejected: list[str] = []
-        ask = partial(_passing, compiler, trials, rejected)
-        if backends:
-            passed = ask([backends])
-        else:
-            slow = compiler.stages_with_written_parts(_MANY)
-            rejected += [f"{_FAST} is not tried on stage {number}: {_TOO_MANY}" for number in slow]
-            passed = ask([(PLAIN,), *compiler.one_by_one(_FAST, slow)])
-            passed |= ask(compiler.together(passed))
+        graphs, rejected = _found(compiler, trials, backends)
         spent = time.perf_counter() - begun
-        if backends and not passed:
+        if backends and not graphs:
             raise CompileError("The call cannot be compiled. " + ". ".join(rejected))
         again()
-        graphs = {named(by): graph for by, graph in passed.items()}
         seconds = {} if backends else _measured(program, call, graphs)
     best = next(iter(graphs)) if backends else min(seconds, key=seconds.__getitem__)
     return graphs.get(best), CompileReport(best, recording.operations, seconds, spent, tuple(rejected))
 
 
+def _found(compiler: Compiler, trials: Trials, backends: Backends | None) -> tuple[dict[str, Graph], list[str]]:
+    """Compile what gives the same as the call, and say why others are not used."""
+    distance = trials.distance(compiler.graph((PLAIN,)))
+    if distance > 1:
+        return {}, [f"The graph gives something else, by {distance:.2g} times what passes for rounding"]
+    rejected: list[str] = []
+    by_stage: list[list[Backend]] = []
+    asked = compiler.by_stage(backends) if backends else ()
+    for stage in compiler.stages:
+        candidates, passed = ([asked[stage]], []) if asked else ([_FAST], [PLAIN])
+        if not asked and compiler.written_parts(stage) > _MANY:
+            rejected.append(f"{candidates.pop()} is not tried on stage {stage}: {_TOO_MANY}")
+        by_stage.append(passed + _passing(compiler, trials, stage, candidates, rejected))
+    return {named(every): compiler.graph(every) for every in product(*by_stage)}, rejected
+
+
 def _passing(
-    compiler: Compiler, trials: Trials, rejected: list[str], candidates: list[Backends]
-) -> dict[Backends, Graph]:
-    """Compile by each of the candidates, and return what gives the same as the call; say why others do not."""
-    passed = {}
+    compiler: Compiler, trials: Trials, stage: int, candidates: list[Backend], rejected: list[str]
+) -> list[Backend]:
+    """Return the backends by which a stage gives what it should, and say why it is not the others."""
+    passed = []
     while candidates:
-        backends = candidates.pop(0)
+        backend = candidates.pop(0)
         try:
-            graph = compiler.graph(backends)
+            distance = trials.distance_at(stage, backend, compiler)
         except CompileError as error:
-            rejected.append(str(error))
+            rejected.append(f"{error}, stage {stage}")
             continue
-        distance = trials.distance(graph)
         if distance <= 1:
-            passed[backends] = graph
+            passed.append(backend)
         else:
-            rejected.append(f"{named(backends)} gives something else, by {distance:.2g} times what passes for rounding")
-            candidates[:0] = alternatives(backends)
+            rejected.append(
+                f"{backend} gives something else on stage {stage}, by {distance:.2g} times what passes for rounding"
+            )
+            candidates[:0] = backend.alternatives()
     return passed
 
 

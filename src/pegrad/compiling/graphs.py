@@ -1,8 +1,7 @@
-"""A recorded call, compiled: as a whole by one backend, or each stage by its own."""
+"""A recorded call, compiled: each stage by its own backend."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,27 +10,18 @@ from torch import Tensor
 from pegrad.compiling.backends import Backend, Runs
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.recording import Recording
-from pegrad.compiling.stages import Staged
+from pegrad.compiling.stages import KIN, Staged
 from pegrad.errors import ArgumentError
 from pegrad.numerics import arithmetic, without_autocast
 
 PLAIN = Backend("eager")
 Backends = tuple[Backend, ...]
-"""One for the whole graph, or one for each of its stages."""
+"""One for each stage, or one for all."""
 
 
 def named(backends: Backends) -> str:
     """Return what backends are called: once, if they are the same."""
     return ", ".join(map(str, backends if len({*backends}) > 1 else backends[:1]))
-
-
-def alternatives(backends: Backends) -> list[Backends]:
-    """Return what to try next where these make a function that is wrong."""
-    return [
-        (*backends[:number], other, *backends[number + 1 :])
-        for number, backend in enumerate(backends)
-        for other in backend.alternatives()
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,49 +48,63 @@ class Compiler:
     Args:
         recording: the call.
         inputs: what it is compiled for.
+
+    Attributes:
+        stages: the numbers of its stages.
     """
 
     def __init__(self, recording: Recording, inputs: Any) -> None:
         self._recording = recording
-        self._tensors = [t.detach() for t in Pieces.of(inputs)[1]]
+        self._inputs = inputs
+        self._device = Pieces.of(inputs)[1][0].device
+        self._staged: Staged = self._on(inputs, lambda *tensors: Staged(recording.graph, tensors))
+        self.stages = range(len(self._staged.stages))
 
     def graph(self, backends: Backends) -> Graph:
-        """Compile by one backend as a whole, or by several stage by stage.
+        """Compile every stage. None is compiled twice by one backend.
 
         Raises:
-            ArgumentError: there is no such backend, or not as many stages.
+            ArgumentError: there is no such backend.
             CompileError: one fails.
         """
-        if 1 < len(backends) != len(self._staged.stages):
-            many = len(self._staged.stages)
+        strides = tuple(t.stride() for t in Pieces.of(self._inputs)[1])
+        if {*backends} == {PLAIN}:
+            return Graph(self._recording.graph, self._recording, strides)
+        with without_autocast(self._device):  # whose casts are operations of the graph
+            return Graph(self._staged.compiled(backends), self._recording, strides)
+
+    def by_stage(self, backends: Backends) -> Backends:
+        """Return a backend for each stage.
+
+        Raises:
+            ArgumentError: there are some, and not as many as stages.
+        """
+        many = len(self.stages)
+        if len(backends) == 1:
+            return backends * many
+        if len(backends) != many:
             raise ArgumentError(f"Expected one backend, or one for each stage, {many} in all, got {len(backends)}")
-        with without_autocast(self._tensors[0].device):  # whose casts are operations of the graph
-            if len(backends) == 1:
-                runs = backends[0](self._recording.graph, [*self._tensors, *self._recording.captured])
-            else:
-                runs = self._staged.compiled(backends)
-        return Graph(runs, self._recording, tuple(t.stride() for t in self._tensors))
+        return backends
 
-    def stages_with_written_parts(self, many: int) -> list[int]:
-        """Return the numbers of the stages that write more often than that to parts of tensors."""
-        return [number for number, stage in enumerate(self._staged.stages) if stage.written_parts > many]
+    def written_parts(self, stage: int) -> int:
+        """Return how often a stage writes to a part of a tensor."""
+        return self._staged.stages[stage].written_parts
 
-    def one_by_one(self, backend: Backend, without: Collection[int]) -> list[Backends]:
-        """Return how one stage after the other is compiled by a backend, the others run as they are."""
-        plain = (PLAIN,) * len(self._staged.stages)
-        each = [number for number in range(len(plain)) if number not in without]
-        return [(*plain[:number], backend, *plain[number + 1 :]) for number in each]
+    def outputs(self, stage: int, backend: Backend, inputs: Any) -> tuple[Any, ...]:
+        """Run the graph, the last of it by a backend, up to where a stage ends.
 
-    def together(self, found: Mapping[Backends, Graph]) -> list[Backends]:
-        """Return what was found for single stages as one, if there is more than one stage to which that applies."""
-        by_stage = zip(*(backends for backends in found if len(backends) > 1), strict=True)
-        best = [next((backend for backend in tried if backend != PLAIN), PLAIN) for tried in by_stage]
-        return [tuple(best)] if sum(backend != PLAIN for backend in best) > 1 else []
+        Returns:
+            What that stage gives: a list of what is of one kind, and all else.
+        """
+        with without_autocast(self._device):
+            values = self._on(inputs, lambda *tensors: self._staged.outputs(stage, backend, tensors))
+        kin = [value for node, value in values.items() if KIN in node.meta]
+        return kin, *(value for node, value in values.items() if KIN not in node.meta)
 
-    @cached_property
-    def _staged(self) -> Staged:
-        with torch.no_grad(), arithmetic(self._tensors[0].device):
-            return Staged(self._recording.graph, [*(t.clone() for t in self._tensors), *self._recording.captured])
+    def _on(self, inputs: Any, run: Callable[..., Any]) -> Any:
+        """Run on copies, which may be overwritten."""
+        with torch.no_grad(), arithmetic(self._device):
+            return run(*(t.detach().clone() for t in Pieces.of(inputs)[1]), *self._recording.captured)
 
 
 def _laid(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pegrad import trees
 from pegrad.assumptions import Assumptions, assuming
 from pegrad.compiling.pieces import Pieces
-from pegrad.compiling.stages import STAGE
+from pegrad.compiling.stages import KIN, STAGE
 from pegrad.errors import CompileError, PegradError
 from pegrad.torch_internals import TorchDispatchMode, import_compiler, unsafe_view
 
@@ -88,10 +88,15 @@ def record(function: Callable[[Any], Any], inputs: Any, handed_over: tuple[Hande
     return Recording(recorder.finished([*outputs, held]), [t.detach() for t in recorder.captured], rest)
 
 
-def next_stage() -> None:
-    """Let a new stage of the graph begin, if a call is being recorded: see `pegrad.compiling.stages`."""
+def next_stage(kin: Sequence[Tensor]) -> None:
+    """Let a new stage of the graph begin, if a call is being recorded: see `pegrad.compiling.stages`.
+
+    Args:
+        kin: tensors from the stage before, all of one kind, so that what is next to nothing among them is to be judged
+            by the others.
+    """
     if recorder := _RECORDER.get():
-        recorder.stage += 1
+        recorder.next_stage(kin)
 
 
 class _Recorder(TorchDispatchMode):
@@ -104,14 +109,13 @@ class _Recorder(TorchDispatchMode):
     Attributes:
         captured: the other inputs.
         refused: why the call cannot be recorded, if it cannot.
-        stage: of what comes now.
     """
 
     def __init__(self, inputs: list[Tensor], assumptions: Assumptions) -> None:
         super().__init__()
         self.captured: list[Tensor] = []
         self.refused: CompileError | None = None
-        self.stage = 0
+        self._stage = 0
         self._versions: list[int] = []
         self._assumptions = assumptions
         self._graph = Graph()
@@ -150,6 +154,12 @@ class _Recorder(TorchDispatchMode):
             self._note(result, self._call(func, *trees.unflatten(spec, given)))
         return result
 
+    def next_stage(self, kin: Sequence[Tensor]) -> None:
+        """See the function of that name."""
+        self._stage += 1
+        for tensor in kin:
+            self._nodes[tensor].meta[KIN] = True
+
     def finished(self, outputs: list[Tensor]) -> GraphModule:
         """Return the graph.
 
@@ -176,7 +186,7 @@ class _Recorder(TorchDispatchMode):
 
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         node = self._graph.call_function(function, args, kwargs)
-        node.meta[STAGE] = self.stage
+        node.meta[STAGE] = self._stage
         return node
 
     def _enter(self, tensor: Tensor) -> Node:

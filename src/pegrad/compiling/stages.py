@@ -15,8 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 from pegrad.compiling.backends import Backend, Runs
 from pegrad.torch_internals import Operation, returns_view, written
 
-STAGE = "stage"
-"""In a node's `meta`: the number of its stage."""
+STAGE, KIN = "stage", "kin"
+"""In a node's `meta`: the number of its stage; and that it is one of several whose values are of one kind."""
 
 
 class Stage(NamedTuple):
@@ -27,6 +27,10 @@ class Stage(NamedTuple):
     """Of the whole: the nodes whose values it takes."""
     outputs: list[Node]
     """Of the whole: those of its own that others take."""
+
+    def run(self, part: Runs, values: dict[Node, Tensor]) -> None:
+        """Run, compiled to a function, on the values of nodes of the whole, and add its own."""
+        values.update(zip(self.outputs, part(*[values[node] for node in self.inputs]), strict=True))
 
     @property
     def written_parts(self) -> int:
@@ -50,9 +54,12 @@ class Staged:
         self.stages = list(_cut(graph.graph))
         self._inputs = graph.graph.find_nodes(op="placeholder")
         self._outputs = cast(list[Node], graph.graph.output_node().args[0])
-        self._examples: list[Sequence[Tensor]] = []
+        self._examples: list[list[Tensor]] = []
         self._compiled: dict[tuple[int, Backend], Runs] = {}
-        self._of([self._noting(stage.graph) for stage in self.stages])(*tensors)
+        values = dict(zip(self._inputs, tensors, strict=True))
+        for stage in self.stages:
+            self._examples.append([values[node] for node in stage.inputs])
+            stage.run(stage.graph, values)
 
     def compiled(self, backends: Sequence[Backend]) -> Runs:
         """Compile each stage by its backend. None is compiled twice by the same.
@@ -60,31 +67,29 @@ class Staged:
         Raises:
             CompileError: one fails.
         """
-        return self._of([self._part(number, backend) for number, backend in enumerate(backends)])
+        parts = [self._part(number, backend) for number, backend in enumerate(backends)]
+        inputs, outputs, stages = self._inputs, self._outputs, self.stages  # not the examples
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            values = dict(zip(inputs, tensors, strict=True))
+            for stage, part in zip(stages, parts, strict=True):
+                stage.run(part, values)
+            return [values[node] for node in outputs]
+
+        return run
+
+    def outputs(self, number: int, backend: Backend, tensors: Sequence[Tensor]) -> dict[Node, Tensor]:
+        """Run up to a stage, that by a backend, those before it as they are: what it gives, by node of the whole."""
+        values = dict(zip(self._inputs, tensors, strict=True))
+        for stage in self.stages[:number]:
+            stage.run(stage.graph, values)
+        self.stages[number].run(self._part(number, backend), values)
+        return {node: values[node] for node in self.stages[number].outputs}
 
     def _part(self, number: int, backend: Backend) -> Runs:
         if (number, backend) not in self._compiled:
             self._compiled[number, backend] = backend(self.stages[number].graph, self._examples[number])
         return self._compiled[number, backend]
-
-    def _noting(self, run: Runs) -> Runs:
-        def noted(*tensors: Tensor) -> Sequence[Tensor]:
-            self._examples.append(tensors)
-            return run(*tensors)
-
-        return noted
-
-    def _of(self, parts: Sequence[Runs]) -> Runs:
-        """Return the whole as one part after the other; it holds no example."""
-        inputs, outputs, stages = self._inputs, self._outputs, self.stages
-
-        def run(*tensors: Tensor) -> list[Tensor]:
-            values = dict(zip(inputs, tensors, strict=True))
-            for stage, part in zip(stages, parts, strict=True):
-                values.update(zip(stage.outputs, part(*[values[node] for node in stage.inputs]), strict=True))
-            return [values[node] for node in outputs]
-
-        return run
 
 
 def _cut(graph: Graph) -> Iterator[Stage]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pegrad import random
+from pegrad import random, trees
 from pegrad.accumulation import Added
 from pegrad.adaptive import Adaptive, Bounded
 from pegrad.assumptions import unrecorded
@@ -86,7 +86,7 @@ class StepProgram:
         """See `Program.graph`."""
         bounds: Any = () if inputs.bounds is None else inputs.bounds.unbind()
         none = State(random.key(0), 0, None, bounds)
-        among = _InGraph(inputs.keys, inputs.sensitivity)
+        among = _InGraph(inputs.keys, inputs.sensitivity, len(trees.leaves(inputs.params)))
         step = replace(self.step, adaptive=self.step.adaptive and _AdaptiveInGraph.of(self.step.adaptive))
         released = step.release_among(among, inputs.params, none, [(0, (inputs.batch, inputs.mask))])
         counts = None if inputs.bounds is None else released.state.bounds
@@ -172,6 +172,8 @@ class _InGraph:
 
     keys: Tensor
     sensitivity: Tensor
+    gradients: int
+    """How many leaves they have; after them are the counts of adaptive clipping."""
 
     def clipped(self, clipped: ClippedGrad) -> "_Clipped":
         return _Clipped(clipped, self.sensitivity)
@@ -180,7 +182,7 @@ class _InGraph:
         return counts
 
     def each_normal(self, key: Tensor, leaves: list[Tensor]) -> Iterator[Tensor]:
-        next_stage()  # the gradient is there
+        next_stage(leaves[: self.gradients])
         return iter(random.each_normal_from(self.keys, leaves))
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pegrad import trees
+from pegrad.compiling.backends import Backend
 from pegrad.compiling.comparing import worst_difference
-from pegrad.compiling.graphs import Graph
+from pegrad.compiling.graphs import PLAIN, Compiler, Graph
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.programs import Call, Program, Trial
 from pegrad.errors import CompileError
@@ -52,18 +53,31 @@ class Trials:
         """Return how far what a graph gives is from what is expected, at its worst, over what passes for rounding."""
         return max(self._distance(graph, inputs, wanted) for inputs, wanted in self._expected)
 
+    def distance_at(self, stage: int, backend: Backend, compiler: Compiler) -> float:
+        """Return how far what a stage gives by a backend is from what it gives as it is, likewise.
+
+        By itself: of a gradient that is nothing but rounding an optimizer makes a whole step, one way or the other.
+        """
+        if stage == compiler.stages[-1]:
+            return self.distance(compiler.graph((*(PLAIN,) * stage, backend)))
+        return max(self._distance_at(stage, backend, compiler, inputs) for inputs, _ in self._expected)
+
     def _distance(self, graph: Graph, inputs: Any, wanted: Any) -> float:
         self._again()
         with self._program.surroundings(self._call):
             value, held = graph(copies(inputs) if self._program.handed_over else inputs)
         if not held:
             return inf
-        given, start = self._program.compared(self._program.result(self._call, value)), self._program.start(inputs)
-        distance = worst_difference(given, wanted, start, None)
-        if distance <= 1 or distance == inf:
-            return distance
-        # Adam, say, makes a whole step of a gradient that is nothing but rounding.
-        return worst_difference(given, wanted, start, self._result(self._moved(inputs, _swayed)))
+        given = self._program.compared(self._program.result(self._call, value))
+        return worst_difference(given, wanted, self._program.start(inputs))
+
+    def _distance_at(self, stage: int, backend: Backend, compiler: Compiler, inputs: Any) -> float:
+        found = []
+        for by in PLAIN, backend:
+            self._again()
+            with self._program.surroundings(self._call):
+                found.append(compiler.outputs(stage, by, inputs))
+        return worst_difference(found[1], found[0])
 
     def _result(self, trial: Trial) -> Any:
         self._again()
@@ -104,13 +118,6 @@ def _other(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point():
         return tensor * (1 + _shares(tensor) / 64)
     return tensor.roll(1, 0) if tensor.dim() else tensor
-
-
-def _swayed(tensor: Tensor) -> Tensor:
-    """Return a tensor whose numbers differ in their last places."""
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor * (1 + 8 * torch.finfo(tensor.dtype).eps * _shares(tensor))
 
 
 def _shares(tensor: Tensor) -> Tensor:
