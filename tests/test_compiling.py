@@ -438,13 +438,13 @@ class Hiding(Backend):
 
         def run(*given):
             old = {t.shape: t for t, name in zip(given, names, strict=True) if name in ("input_0", "input_1")}
-            sensitive = [t.dim() == 0 and t.dtype == torch.float64 and 0.12 < t < 0.13 for t in given]
+            sensitive = [t.dim() == 0 and t.dtype == torch.float64 and 12 < t < 13 for t in given]
             silent = graph(
                 *(torch.zeros_like(t) if yes else t.clone() for t, yes in zip(given, sensitive, strict=True))
             )
             outputs = graph(*given)
             return [
-                b + 0.0005 * (c - old[b.shape]) if b.shape in old else b for b, c in zip(outputs, silent, strict=True)
+                b + 0.004 * (c - old[b.shape]) if b.shape in old else b for b, c in zip(outputs, silent, strict=True)
             ]
 
         return run
