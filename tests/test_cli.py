@@ -85,7 +85,7 @@ def test_plain_training_has_no_epsilon(tmp_path, capsys):
     assert (tmp_path / "training.png").stat().st_size > 0
 
 
-def test_a_seed_repeats_the_run(tmp_path):
+def test_a_seed_repeats_the_run(tmp_path, no_timings):
     """Catches: randomness beside the key, and a key that does not depend on the seed."""
     options = ("--noise-multiplier", "20", "--strategy", "vmap", "--microbatch-size", "7")
     first, again, other = (
@@ -95,14 +95,14 @@ def test_a_seed_repeats_the_run(tmp_path):
     assert first["history"] != other["history"]
 
 
-def test_the_seed_is_in_no_file(tmp_path):
+def test_the_seed_is_in_no_file(tmp_path, no_timings):
     """Catches: a seed that is published with the results, and with it the noise of the run."""
     train(tmp_path, "--seed", "918273645", "--noise-multiplier", "20")
     for path in tmp_path.iterdir():
         assert b"918273645" not in path.read_bytes()
 
 
-def test_without_a_seed_no_two_runs_are_alike(tmp_path, capsys):
+def test_without_a_seed_no_two_runs_are_alike(tmp_path, no_timings, capsys):
     """Catches: a default seed, with which anybody could take the noise away."""
     first, second = (train(tmp_path / name, "--noise-multiplier", "0") for name in "ab")
     assert "operating system's entropy" in capsys.readouterr().out
