@@ -175,10 +175,18 @@ def test_clipped_grad_runs_through_and_resumes(module, tmp_path, capsys) -> None
     assert json.loads(path.read_text())["points"] == found
     assert capsys.readouterr().out == shown
 
-    module("table1").main(arguments[:6])
+
+@pytest.mark.slow
+def test_table_1_takes_the_points_that_are_there(module, tmp_path) -> None:
+    """Catches: points that are measured twice, or overwritten."""
+    arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    module("clipped_grad").main([*arguments, "--contestants", "auto", "--optimizers"])
+    path = tmp_path / "clipped_grad_smoke_cpu.json"
+    found = json.loads(path.read_text())["points"]
+    module("table1").main(arguments)
     points = json.loads(path.read_text())["points"]
     assert {key: points[key] for key in found} == found
-    assert {key.split("/")[-1] for key in points} == {*names, "adam", "naive", "vmap", "grouped_conv"}
+    assert {key.split("/")[-1] for key in points} == {"non-private", "auto", "ghost", "naive", "vmap", "grouped_conv"}
     assert (tmp_path / "table1_smoke_cpu.png").stat().st_size > 10_000
 
 
