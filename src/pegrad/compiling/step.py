@@ -7,23 +7,18 @@ All of them come in as tensors or are put to what comes out, so no graph ever ho
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pegrad import random, trees
-from pegrad.accumulation import Added
-from pegrad.adaptive import Adaptive, Bounded
-from pegrad.assumptions import unrecorded
-from pegrad.clipping import Clipping, Flat, Weighting
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.programs import Call, Trial
-from pegrad.compiling.recording import next_stage
+from pegrad.compiling.stand_ins import AdaptiveInGraph, InGraph
 from pegrad.compiling.update import Numbers, counting, given, with_counts, without_counts
 from pegrad.dp_sgd import DPSGD, Metrics, State, Step
-from pegrad.per_example import ClippedGrad
 from pegrad.trees import PyTree
 
 
@@ -86,8 +81,8 @@ class StepProgram:
         """See `Program.graph`."""
         bounds: Any = () if inputs.bounds is None else inputs.bounds.unbind()
         none = State(random.key(0), 0, None, bounds)
-        among = _InGraph(inputs.keys, inputs.sensitivity, len(trees.leaves(inputs.params)))
-        step = replace(self.step, adaptive=self.step.adaptive and _AdaptiveInGraph.of(self.step.adaptive))
+        among = InGraph(inputs.keys, inputs.sensitivity, len(trees.leaves(inputs.params)))
+        step = replace(self.step, adaptive=self.step.adaptive and AdaptiveInGraph.of(self.step.adaptive))
         released = step.release_among(among, inputs.params, none, [(0, (inputs.batch, inputs.mask))])
         counts = None if inputs.bounds is None else released.state.bounds
         if inputs.optimizer is None:
@@ -135,76 +130,6 @@ class StepProgram:
 def _kept(tree: _Inputs | _Value) -> list[Tensor]:
     """Return what a step makes new of its like; not the gradients of which an update is made outside."""
     return [] if tree.optimizer is None else Pieces.of((tree.params, tree.optimizer))[1]
-
-
-class _AdaptiveInGraph(Adaptive):
-    """Adaptive clipping whose bounds are tensors; those that follow are worked out of the counts, outside."""
-
-    @classmethod
-    def of(cls, adaptive: Adaptive) -> "_AdaptiveInGraph":
-        return cls(**{field.name: getattr(adaptive, field.name) for field in fields(adaptive)})
-
-    def at(self, bounds: Any) -> Clipping:
-        return _BoundedInGraph(self.clipping, bounds)
-
-    def following(self, bounds: Any, counts: Tensor, expected_batch_size: float) -> Any:
-        return counts
-
-
-class _BoundedInGraph(Bounded):
-    @property
-    def sensitivity(self) -> float:
-        with unrecorded():
-            return super().sensitivity
-
-    def weighting(self, bound: Any) -> Weighting:
-        return _FlatInGraph(bound)
-
-
-class _FlatInGraph(Flat):
-    def __post_init__(self) -> None:
-        pass  # the number was checked outside
-
-
-@dataclass(frozen=True)
-class _InGraph:
-    """A process that takes its steps by itself, its noise and the scale of that given as tensors: see `Ranks`."""
-
-    keys: Tensor
-    sensitivity: Tensor
-    gradients: int
-    """How many leaves they have; after them are the counts of adaptive clipping."""
-
-    def clipped(self, clipped: ClippedGrad) -> "_Clipped":
-        return _Clipped(clipped, self.sensitivity)
-
-    def total(self, counts: Tensor) -> Tensor:
-        return counts
-
-    def each_normal(self, key: Tensor, leaves: list[Tensor]) -> Iterator[Tensor]:
-        next_stage(leaves[: self.gradients])
-        return iter(random.each_normal_from(self.keys, leaves))
-
-
-@dataclass(frozen=True)
-class _Clipped:
-    """A clipped gradient whose sensitivity is given: see `ClippedSum`."""
-
-    clipped_grad: ClippedGrad
-    sensitivity: Tensor
-
-    @property
-    def normalize_by(self) -> float:
-        return self.clipped_grad.normalize_by
-
-    def init(self, params: PyTree) -> Any:
-        return self.clipped_grad.init(params)
-
-    def add(self, sums: Any, params: PyTree, batch: PyTree, mask: Tensor | None) -> Added:
-        return self.clipped_grad.add(sums, params, batch, mask)
-
-    def finish(self, sums: Any) -> PyTree:
-        return self.clipped_grad.finish(sums)
 
 
 def _arguments(
