@@ -146,6 +146,27 @@ def test_what_a_graph_takes_for_granted_is_looked_at(name):
     assert (late.misses, len(late.reports)) == (1, 1)
 
 
+def test_a_graph_is_not_tried_for_at_every_call_that_is_not_good_for_one(monkeypatch):
+    """Catches: a run of hostile batches that are all recorded, which takes as long as many calls."""
+    tried = []
+
+    def counting(*args):
+        tried.append(args)
+        return make(*args)
+
+    make = pegrad.compiling.compiled.make
+    monkeypatch.setattr(pegrad.compiling.compiled, "make", counting)
+    function = pegrad.clipped_grad(lambda p, x: p["w"] @ x, clip_norm=0.5)
+    parameters, bad = {"w": torch.ones(3)}, torch.full((B, 3), torch.nan)
+    compiled = pegrad.compile(function, backend="eager")
+    for _ in range(12):
+        assert_same_bits(compiled(parameters, bad), function(parameters, bad))
+    assert (len(tried), compiled.misses) == (5, 12)  # 0, 1, 2, 4 and 8 calls after the first
+    compiled.prepare(parameters, torch.ones(B, 3))
+    compiled(parameters, torch.ones(B, 3))
+    assert (len(compiled.reports), compiled.misses) == (1, 12)
+
+
 def test_paths_other_than_the_recorded_one_are_taken_eagerly():
     def forked(parameters, x):
         y = parameters["w"] @ x

@@ -110,6 +110,7 @@ class Compiled:
         self._backends = by
         self._retrace = retrace
         self._graphs: dict[Any, Graph | None] = {}
+        self._unusual: dict[Any, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Return what else the function has: its `sensitivity`, or `init`."""
@@ -133,13 +134,13 @@ class Compiled:
         self._check_memory(inputs)
         start = Generators.now()
         try:
-            graph = self._graph(call, inputs)
+            graph = self._graph(call, inputs, again=False)
             if graph is None:
                 return self._program.eagerly(call)
             result, held = run(self._program, call, inputs, graph)
             if held:
                 return result
-        except UnusualError:  # the next arguments of this kind may be good for a graph
+        except UnusualError:
             pass
         self.misses += 1
         start.restore()
@@ -165,7 +166,18 @@ class Compiled:
                     "memory, which donate=True would overwrite twice: clone them, or compile without it"
                 )
 
-    def _graph(self, call: Call, inputs: Any) -> Graph | None:
+    def _graph(self, call: Call, inputs: Any, *, again: bool = True) -> Graph | None:
+        """Return the graph for arguments of a kind; None: calls are made eagerly.
+
+        Args:
+            call: the arguments.
+            inputs: the program's.
+            again: whether it is tried to make one though others of the kind were not good for that; otherwise less
+                and less often, as recording takes as long as many calls.
+
+        Raises:
+            UnusualError: there is none yet.
+        """
         kind = _kind(inputs)
         if kind not in self._graphs:
             if self._graphs and not self._retrace:
@@ -173,6 +185,10 @@ class Compiled:
                     "Expected arguments of the shapes, dtypes, devices and values that the function was compiled for, "
                     "got others: pad the batch and mask it, or compile with new_shapes='compile'"
                 )
+            unusual = self._unusual.get(kind, 0)
+            self._unusual[kind] = unusual + 1
+            if not again and unusual & (unusual - 1):  # no power of two
+                raise UnusualError("It was tried often enough with others of the kind")
             self._graphs[kind], report = make(self._program, call, self._backends)
             self.reports.append(report)
         return self._graphs[kind]
