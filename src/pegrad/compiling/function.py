@@ -89,9 +89,11 @@ def _found(compiler: Compiler, trials: Trials, backends: Backends | None) -> tup
     by_stage: list[list[Backend]] = []
     asked = compiler.by_stage(backends) if backends else ()
     for stage in compiler.stages:
-        candidates, passed = ([asked[stage]], []) if asked else ([_FAST], [PLAIN])
+        candidates = [asked[stage] if asked else _FAST]
         if not asked and compiler.written_parts(stage) > _MANY:
             rejected.append(f"{candidates.pop()} is not tried on stage {stage}: {_TOO_MANY}")
+        passed = [PLAIN] if not asked or asked[stage] == PLAIN else []  # the graph as it is has passed
+        candidates = [backend for backend in candidates if backend != PLAIN]
         by_stage.append(passed + _passing(compiler, trials, stage, candidates, rejected))
     return {named(every): compiler.graph(every) for every in product(*by_stage)}, rejected
 
