@@ -133,7 +133,8 @@ def test_options_and_constants(name, strategy):
 @pytest.mark.parametrize("operation", ["convolution", "norm", "linear", "tied", "made"])
 def test_gradients_stacked_in_parts(operation, images, strategy, monkeypatch):
     """Catches: an example of several images cut in two, a last part lost, a part weighed by another's weights."""
-    monkeypatch.setattr("pegrad.reductions.native.BLOCK", 200)
+    monkeypatch.setattr("pegrad.reductions.native.BLOCK", 4)
+    monkeypatch.setattr("pegrad.reductions.native.FEW", 2)
     monkeypatch.setattr("pegrad.numerics.BLOCK", 200)
     params = {"k": r(3, 2, 2, 2), "b": r(3), "w": r(4, 4), "c": r(4)}
 

@@ -21,7 +21,7 @@ up to B · 2^-24 of that bound: 1.5e-5 for 256 rows, 6% for a million.
 
 _SEGMENT = 1 << 12  # `vector_norm` adds naively: over this many numbers that is harmless
 _LONG_SEGMENT = 1 << 15  # over this many, it is off by less than 1e-4
-_FEW = 32  # rows that a float32 contraction adds before it starts anew, for the same reason
+FEW = 32  # rows that a float32 contraction adds before it starts anew, for the same reason
 _TINY = 2.0**-63  # the square of less than this is lost in float32
 
 
@@ -90,7 +90,7 @@ def contract(weights: Tensor, rows: Tensor, bad: Tensor | None, dtype: torch.dty
         A tensor of the shape of a row.
     """
     numbers = rows[0].numel()
-    step = max(1, BLOCK // max(1, numbers)) if dtype == torch.float64 else _FEW
+    step = max(1, BLOCK // max(1, numbers)) if dtype == torch.float64 else FEW
     weights = weights.to(dtype)
     total: Tensor | None = None
     for start in range(0, len(rows), step):

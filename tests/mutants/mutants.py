@@ -352,6 +352,13 @@ MUTANTS = [
         "a row is weighed by another one's weight",
     ),
     Mutant(
+        "clipping/weights.py",
+        "            start += len(rows)",
+        "            pass",
+        "test_rules.py::test_gradients_stacked_in_parts",
+        "what is stacked in pieces is weighed by other pieces' weights",
+    ),
+    Mutant(
         "reductions/native.py",
         "self.g.dtype) + lacking * (1 + inputs + outputs)",
         "self.g.dtype)",
@@ -1425,8 +1432,8 @@ MUTANTS = [
     ),
     Mutant(
         "random/aes.py",
-        "radius_words = words(stream, pairs, torch.int64, out.device)",
-        "radius_words = words(stream, pairs, torch.int32, out.device).long() << 32",
+        "taken[:radii].view(torch.int64)",
+        "taken[: radii // 2].view(torch.int32).long() << 32",
         "test_random.py -k test_extreme_words or test_known_answers",
         "noise whose tail ends at 6.6 standard deviations",
     ),
@@ -2168,8 +2175,8 @@ MUTANTS = [
     ),
     Mutant(
         "distributed/pipelining/stage.py",
-        "        if together in self._waits:\n            rows",
-        "        if False:\n            rows",
+        "        if together in self._waits:\n            self._enter",
+        "        if False:\n            self._enter",
         "distributed/test_pipelining.py -k agrees_with_the_loop",
         "the same, where gradients are stacked",
     ),

@@ -1,5 +1,6 @@
 """From the norms of a clipping group's gradients to their weights, and the bound that no weight can pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Protocol
@@ -119,6 +120,15 @@ class Weights:
     def contract(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Sum rows `(B, ...)` by weight, in that dtype or one as wide: see `pegrad.numerics.contract`."""
         return contract(self.values, rows, self.bad, dtype)
+
+    def contract_pieces(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Sum rows by weight that lie in several tensors, one after the other, as `contract`."""
+        start = len(pieces[0])
+        total = self[:start].contract(pieces[0], dtype)
+        for rows in pieces[1:]:
+            total.add_(self[start : start + len(rows)].contract(rows, dtype))
+            start += len(rows)
+        return total
 
 
 _ROUNDING = 1 + 1e-9  # so that a weight which is at its most by another formula stays as it is

@@ -23,13 +23,27 @@ def keystream(derived: bytes, position: int = 0) -> CipherContext:
     return Cipher(algorithms.AES(derived), modes.CTR((position // 16).to_bytes(16, "big"))).encryptor()
 
 
+class Room:
+    """Room for bytes of a keystream, taken again and again: new memory may cost as much as the cipher does.
+
+    Args:
+        size: how many at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._zeros = memoryview(bytes(size))
+        # cryptography before 43 asks for room for one block more than it writes.
+        self._buffer = memoryview(bytearray(size + 15))
+
+    def taken(self, stream: CipherContext, size: int) -> Tensor:
+        """Take the next `size` bytes of a keystream, `uint8`: overwritten by those that are taken after them."""
+        stream.update_into(self._zeros[:size], self._buffer[: size + 15])
+        return torch.from_numpy(np.frombuffer(self._buffer, np.uint8, size))
+
+
 def words(stream: CipherContext, count: int, word: torch.dtype, device: torch.device) -> Tensor:
     """Take the next `count` integers of a keystream."""
-    size = count * word.itemsize
-    # cryptography before 43 asks for room for one block more than it writes.
-    buffer = bytearray(size + 15)
-    stream.update_into(bytes(size), buffer)
-    return torch.from_numpy(np.frombuffer(buffer, np.uint8, size)).view(word).to(device)
+    return Room(count * word.itemsize).taken(stream, count * word.itemsize).view(word).to(device)
 
 
 def normals(derived: bytes, numel: int, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -51,26 +65,27 @@ def normals(derived: bytes, numel: int, start: int, stop: int, dtype: torch.dtyp
     precision = precision_of(dtype)
     first = start // _BLOCK
     of_a_block = _BLOCK // 2 * (torch.int64.itemsize + precision.word.itemsize)
-    stream = keystream(derived, first * of_a_block)
+    stream, room = keystream(derived, first * of_a_block), Room(min(of_a_block, -(-numel // 2) * 16))
     out = torch.empty(stop - start, dtype=precision.compute, device=device)
     for begin in range(first * _BLOCK, stop, _BLOCK):
         end = min(begin + _BLOCK, numel)
         mine = out[max(begin - start, 0) : end - start]
         if mine.numel() == end - begin:
-            _fill(stream, precision, mine)
+            _fill(stream, room, precision, mine)
         else:
             block = out.new_empty(end - begin)
-            _fill(stream, precision, block)
+            _fill(stream, room, precision, block)
             mine.copy_(block[max(start - begin, 0) :][: mine.numel()])
     return out.to(dtype)
 
 
-def _fill(stream: CipherContext, precision: Precision, out: Tensor) -> None:
+def _fill(stream: CipherContext, room: Room, precision: Precision, out: Tensor) -> None:
     """Fill a flat tensor with normals of the next words."""
     pairs = (out.numel() + 1) // 2
-    radius_words = words(stream, pairs, torch.int64, out.device)
-    angle_words = words(stream, pairs, precision.word, out.device)
-    fill(out, radius_words, angle_words, precision)
+    radii, angles = pairs * torch.int64.itemsize, pairs * precision.word.itemsize
+    taken = room.taken(stream, radii + angles)
+    radius_words, angle_words = taken[:radii].view(torch.int64), taken[radii:].view(precision.word)
+    fill(out, radius_words.to(out.device), angle_words.to(out.device), precision)
 
 
 @torch.library.custom_op("pegrad::aes_normal", mutates_args=())

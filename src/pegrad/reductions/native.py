@@ -11,7 +11,7 @@ from torch import Tensor
 from pegrad.assumptions import any_row, decided
 from pegrad.clipping import Weights
 from pegrad.clipping.weights import Number
-from pegrad.numerics import BLOCK, norm_bounds, squared_norms, take_rows, zero_rows
+from pegrad.numerics import BLOCK, FEW, norm_bounds, squared_norms, take_rows, zero_rows
 from pegrad.plan.candidates import Candidate
 from pegrad.plan.parts import Outer, Part, inner
 from pegrad.reductions import rounding
@@ -246,6 +246,12 @@ def stacked_parts(
             total = rows if total is None else total + rows
         assert total is not None, "a parameter has at least one use"
         yield total
+
+
+def stacked_pieces(kernels: Sequence[Kernel], parts: Sequence[Part], batch: int) -> list[Tensor]:
+    """Stack one parameter's gradients, all of them, in pieces: some kernels need as much memory again on their way."""
+    fit = 2 * BLOCK // max(1, parts[0].site.source.numel())
+    return [*stacked_parts(kernels, parts, batch, max(FEW, fit // FEW * FEW))]
 
 
 def _wide_rows(part: Part, rows: Tensor, batch: int) -> Part:

@@ -17,7 +17,7 @@ from pegrad.reductions import rounding
 from pegrad.reductions.base import Reduction
 from pegrad.reductions.grouped import Grouped
 from pegrad.reductions.leaves import LeafSums, pull_rows, squares_of
-from pegrad.reductions.native import Magnitudes, NativeSum, guarded_norms, stacked_parts
+from pegrad.reductions.native import Magnitudes, NativeSum, guarded_norms, stacked_parts, stacked_pieces
 from pegrad.tracing.trace import Trace
 
 Finish = Callable[[Weights], Sequence[tuple[Tensor, Tensor]]]
@@ -96,7 +96,7 @@ class Norms(Grouped):
 
     def enter_stacked(self, leaf: int, source: Tensor, stacked: Tensor) -> None:
         """See `Grouped.enter_stacked`."""
-        self._enter_rows(self.grouping.of[leaf], source, stacked)
+        self._enter_rows(self.grouping.of[leaf], source, [stacked])
 
     def measured(self, together: int, squares: Tensor, finish: Finish) -> None:
         """Take note of the squared norms `(B,)` of a part of a clipping group, and of how its sum will be found."""
@@ -113,9 +113,10 @@ class Norms(Grouped):
         pieces = stacked_parts(choice.kernels, parts, self.batch)
         self.measured(together, torch.cat([squared_norms(rows) for rows in pieces]), _unknown)
 
-    def _enter_rows(self, together: int, source: Tensor, stacked: Tensor) -> None:
-        dtype = accumulator(stacked.dtype, self.rows)
-        self.measured(together, squared_norms(stacked), lambda weights: [(source, weights.contract(stacked, dtype))])
+    def _enter_rows(self, together: int, source: Tensor, pieces: Sequence[Tensor]) -> None:
+        dtype = accumulator(pieces[0].dtype, self.rows)
+        squares = torch.cat([squared_norms(rows) for rows in pieces])
+        self.measured(together, squares, lambda weights: [(source, weights.contract_pieces(pieces, dtype))])
 
     def _enter_made(self, group: Group, part: Part, together: int) -> None:
         """Enter the only use of leaves that the source was made of by more than an isometry.
@@ -224,7 +225,7 @@ class KeptSums(Norms):
         if self._awaited[together] == 1:
             self._enter_last(group, choice, parts, together)
             return
-        self._enter_rows(together, group.source, next(stacked_parts(choice.kernels, parts, self.batch, self.batch)))
+        self._enter_rows(together, group.source, stacked_pieces(choice.kernels, parts, self.batch))
 
     def _enter_last(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
         """Enter the last uses of a clipping group: a weight is known with its norm, so few rows are kept."""

@@ -22,7 +22,7 @@ from pegrad.plan.candidates import Candidate
 from pegrad.plan.parts import Part
 from pegrad.plan.plan import Choose, Group
 from pegrad.problem import Leaves, Problem
-from pegrad.reductions.native import stacked_parts
+from pegrad.reductions.native import stacked_pieces
 from pegrad.reductions.norms import KeptSums
 from pegrad.rules import RULES
 from pegrad.strategies.failures import out_of_memory, reason
@@ -67,8 +67,7 @@ class StageSums(KeptSums):
 
     def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
         if together in self._waits:
-            rows = next(stacked_parts(choice.kernels, parts, self.batch, self.batch))
-            self._enter_rows(together, group.source, rows)
+            self._enter_rows(together, group.source, stacked_pieces(choice.kernels, parts, self.batch))
         else:
             super()._enter_kept(group, choice, parts, together)
 
