@@ -252,7 +252,8 @@ def test_aes_compiled_has_the_same_bits():
 
 
 @INDUCTOR
-@pytest.mark.parametrize("double_rounds", [1, pytest.param(10, marks=pytest.mark.slow)])  # the latter takes a minute
+@pytest.mark.slow
+@pytest.mark.parametrize("double_rounds", [1, 10])
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_words_are_the_eager_ones(monkeypatch, double_rounds, device):
     """Catches: an addition that a compiler takes for one that cannot overflow, a shift or a conversion of another kind,

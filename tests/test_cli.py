@@ -206,7 +206,9 @@ def cut_off(seen: dict, folder: Path, *options: str) -> None:
     "options",
     [
         ("--clipping", "adaptive", "--noise-multiplier", "1"),
-        ("--clipping", "per_layer", "--noise-multiplier", "0", "--microbatch-size", "100"),
+        pytest.param(
+            ("--clipping", "per_layer", "--noise-multiplier", "0", "--microbatch-size", "100"), marks=pytest.mark.slow
+        ),
         ("--no-dp",),
     ],
 )

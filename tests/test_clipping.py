@@ -37,8 +37,7 @@ def affine(params, example):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("normalize_by", [1.0, 7.0])
-@pytest.mark.parametrize("microbatch_size", [None, 2])
+@pytest.mark.parametrize(("normalize_by", "microbatch_size"), [(1.0, None), (7.0, 2)])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_neighbouring_batches_differ_by_at_most_the_sensitivity(strategy, normalize_by, microbatch_size, data):

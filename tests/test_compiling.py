@@ -1,6 +1,7 @@
 """`pegrad.compile`: the graph gives what the call gives, for other numbers too, or is not used."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,14 +10,17 @@ from torch import Tensor
 
 import oracle
 import pegrad
-from cases import CASES, B
+from cases import CASES, B, r
 from pegrad import clipping, optim, trees
 from pegrad.compiling.backends import Backend
 from pegrad.compiling.comparing import worst_difference
-from pegrad.compiling.recording import record
+from pegrad.compiling.recording import next_stage, record
+from pegrad.compiling.stages import STAGE
 
 MASK = torch.tensor([True, False, True, True, True])
 OTHER_MASK = torch.tensor([False, True, True, False, True])
+
+ATEN = torch.ops.aten
 
 
 def net(params, example):
@@ -590,3 +594,65 @@ def test_recording_is_of_the_call_alone():
         record(lambda given: function(*given), (params(), (batch(0)[0], batch(0, 3)[1])))
     assert pegrad.assumptions.current() is None
     assert replace(function, microbatch_size=2)(params(), batch(0)).norms.shape == (B,)
+
+
+def test_noise_and_update_are_made_leaf_by_leaf():
+    """Catches: several copies of all parameters at once, where those of one leaf will do."""
+    step = pegrad.dp_sgd(net, optim.adam(0.1), clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=B)
+    state = step.init(params(), pegrad.random.key(0))
+    compiled = pegrad.compile(step, params(), state, batch(0), backend="eager", donate=True)
+    (graph,) = compiled._graphs.values()
+    nodes = [node for node in graph.recording.graph.graph.nodes if node.meta.get(STAGE) == 1]
+    leaves = {name: index for index, name in enumerate(f"input_{i}" for i in range(3 * len(params())))}
+    written = [leaves[node.args[0].name] % len(params()) for node in nodes if node.target is ATEN.copy_.default]
+    assert written == [leaf for leaf in range(len(params())) for _ in ("parameter", "moment", "second moment")]
+    drawn = [node for node in nodes if node.target is torch.ops.pegrad.aes_normal.default]
+    for noise, following in pairwise(drawn):
+        views = [user for user in noise.users if user.target is ATEN.view.default]
+        assert all(nodes.index(user) < nodes.index(following) for node in [noise, *views] for user in node.users)
+
+
+def _read_before_a_write(x, y):
+    old = y[:1] * 1.0
+    y.mul_(3.0)
+    return x + y[:1], y + old
+
+
+def _read_through_a_view(x, y):
+    part = y.view(-1)
+    old = part + 0.0
+    y.mul_(3.0)
+    part.add_(1.0)
+    return x + part.sum(), y + old
+
+
+def _written_by_both(x, y):
+    y.mul_(3.0)
+    y.add_(x)
+    x.add_(y)
+    y.mul_(x)
+    return x * 1.0, y * 1.0
+
+
+def _drawn_in_turn(x, y):
+    first, second = torch.rand(3), torch.rand(3)
+    return x + second, y + first
+
+
+@pytest.mark.parametrize(
+    "update", [_read_before_a_write, _read_through_a_view, _written_by_both, _drawn_in_turn], ids=lambda f: f.__name__
+)
+def test_another_order_gives_the_same(update):
+    """Catches: memory read after it was written, or before; numbers drawn in another order."""
+
+    def function(given):
+        x, y = (leaf * 1.0 for leaf in given)
+        next_stage([x, y])
+        return update(x, y)
+
+    inputs = r(3), r(3)
+    recording = record(function, inputs)
+    torch.manual_seed(3)
+    wanted = function(inputs)
+    torch.manual_seed(3)
+    assert_same_bits(tuple(recording.graph(*inputs, *recording.captured)[:2]), wanted)

@@ -74,7 +74,7 @@ def close(actual, expected, scale=1.0):
     return all((a - b).abs().max() <= TOLERANCE * scale for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("how", ["mask", "absence"])
+@pytest.mark.parametrize("how", ["mask", pytest.param("absence", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("microbatch_size", [pytest.param(None, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("strategy", pegrad.STRATEGIES)
 @pytest.mark.parametrize("model", MODELS)

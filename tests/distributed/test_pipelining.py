@@ -489,6 +489,7 @@ def sensitivity(group: Any, bounds: list[float]) -> float:
     return pipe.sensitivity
 
 
+@pytest.mark.slow
 def test_the_example_trains() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     example = Path(__file__).parents[2] / "examples" / "pipeline_mnist.py"

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pegrad import trees
 from pegrad.assumptions import Assumptions, assuming
+from pegrad.compiling.order import leaf_by_leaf
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.stages import KIN, STAGE
 from pegrad.errors import CompileError, PegradError
@@ -173,6 +174,7 @@ class _Recorder(TorchDispatchMode):
                 "a pure function"
             )
         self._graph.eliminate_dead_code()
+        leaf_by_leaf(self._graph, self._stage)
         return GraphModule(torch.nn.Module(), self._graph)
 
     def _note(self, result: Any, node: Node) -> None:

@@ -35,7 +35,7 @@ class Stage(NamedTuple):
     @property
     def written_parts(self) -> int:
         """How often it writes to a part of a tensor."""
-        written = [argument for node in self.graph.graph.nodes for argument in _written(node)]
+        written = [argument for node in self.graph.graph.nodes for argument in written_by(node)]
         return sum(_is_part(argument) for argument in written)
 
 
@@ -107,7 +107,7 @@ def _cut(graph: Graph) -> Iterator[Stage]:
         yield Stage(GraphModule(torch.nn.Module(), part), inputs, outputs)
 
 
-def _written(node: Node) -> list[Any]:
+def written_by(node: Node) -> list[Any]:
     """Return the arguments that a node writes to."""
     if not isinstance(node.target, Operation):
         return []

@@ -1,0 +1,94 @@
+"""The order of a graph's last stage: leaf by leaf, so that what one needs is let go before it is the next one's turn.
+
+Optimizers go over all leaves for each thing that they work out, and so does noise: at their peak there are several
+copies of everything. A graph may be run in any order that keeps what each operation reads and writes.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from pegrad import trees
+from pegrad.compiling.stages import KIN, STAGE, written_by
+from pegrad.torch_internals import Operation, returns_view
+
+
+def leaf_by_leaf(graph: Graph, stage: int) -> None:
+    """Put the operations of a graph's last stage in another order.
+
+    Args:
+        graph: of operations, in place; those of the stages before have the `KIN`, the leaves.
+        stage: the number of the last stage.
+    """
+    nodes = [node for node in graph.nodes if node.op == "call_function" and node.meta[STAGE] == stage]
+    if not nodes:
+        return
+    leaves = {node: index for index, node in enumerate(node for node in graph.nodes if KIN in node.meta)}
+    before = _before(nodes)
+    first: dict[Node, int] = {}  # of the leaves that it is made of
+    for node in nodes:
+        of = [leaves[source] for source in node.all_input_nodes if source in leaves]
+        first[node] = min([*of, *(first[other] for other in before[node])], default=len(leaves))
+    wanted = {other for node in nodes for other in before[node]}
+    ends = sorted((node for node in nodes if node not in wanted), key=first.__getitem__)
+    last = nodes[0].prev
+    for node in _in_turn(ends, before):
+        last.append(node)
+        last = node
+
+
+def _before(nodes: list[Node]) -> dict[Node, list[Node]]:
+    """Return what must run before each operation: what makes its inputs, and what reads or writes the same memory."""
+    own = set(nodes)
+    memory: dict[Node, Node] = {}
+    writer: dict[Node, Node] = {}
+    readers: dict[Node, list[Node]] = defaultdict(list)
+    drawn: list[Node] = []
+    found: dict[Node, list[Node]] = {}
+    for node in nodes:
+        inputs = node.all_input_nodes
+        places = [memory.get(source, source) for source in inputs]
+        others = [source for source in inputs if source in own] + [writer[p] for p in places if p in writer]
+        for place in {memory.get(source, source): None for source in _tensors(written_by(node))}:
+            others += readers.pop(place, [])
+            writer[place] = node
+        for place in places:
+            readers[place].append(node)
+        if _draws(node):  # from torch's generators, in turn
+            others += drawn
+            drawn = [node]
+        if inputs and _is_view(node):
+            memory[node] = places[0]
+        found[node] = [other for other in dict.fromkeys(others) if other is not node]
+    return found
+
+
+def _in_turn(ends: list[Node], before: dict[Node, list[Node]]) -> list[Node]:
+    """List each end, and in front of it what must run before."""
+    order: dict[Node, None] = {}
+    for end in ends:
+        waiting = [end]
+        while waiting:
+            node = waiting[-1]
+            missing = [other for other in before[node] if other not in order]
+            if missing:
+                waiting += reversed(missing)
+            else:
+                order[waiting.pop()] = None
+    return list(order)
+
+
+def _tensors(arguments: list[Any]) -> list[Node]:
+    """Return the nodes among arguments, and in lists of them."""
+    return [leaf for leaf in trees.leaves(arguments) if isinstance(leaf, Node)]
+
+
+def _draws(node: Node) -> bool:
+    return isinstance(node.target, Operation) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _is_view(node: Node) -> bool:
+    """Tell whether an operation returns memory of its first input, or a part of several such results."""
+    return not isinstance(node.target, Operation) or returns_view(node.target)
