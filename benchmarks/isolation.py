@@ -64,7 +64,8 @@ def peak(function: Callable[[], Any], device: str) -> tuple[Any, int | None]:
     """Call a function and measure the memory that it needs at its peak.
 
     On a CPU with glibc, large blocks have pages of their own meanwhile, so that what is freed is free. An allocator
-    that keeps freed memory cuts it up and needs more: nothing should have been computed in the process before.
+    that keeps freed memory cuts it up and needs more: nothing should have been computed in the process before, unless
+    after `large_blocks_apart`.
 
     Returns:
         Its value, and bytes; None where the system cannot tell.
@@ -79,8 +80,7 @@ def peak(function: Callable[[], Any], device: str) -> tuple[Any, int | None]:
     if not (_PROC / "clear_refs").exists():
         return function(), None
     libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_MAX, 1 << 16)
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)
+    large_blocks_apart()
     libc.malloc_trim(0)
     (_PROC / "clear_refs").write_text("5")
     before = _resident("VmRSS")
@@ -89,6 +89,14 @@ def peak(function: Callable[[], Any], device: str) -> tuple[Any, int | None]:
     libc.mallopt(_M_MMAP_MAX, int(os.environ.get("MALLOC_MMAP_MAX_", 1 << 16)))
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own, growing threshold ends
     return value, needed
+
+
+def large_blocks_apart() -> None:
+    """Give large blocks pages of their own from here on, on a CPU with glibc."""
+    if (_PROC / "clear_refs").exists():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 1 << 16)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)
 
 
 def _answer(sender: Connection, device: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

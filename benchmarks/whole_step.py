@@ -16,7 +16,7 @@ import peers
 import pegrad
 import report
 from contest import CLIP_NORM, FEW
-from isolation import FailedError, in_own_process, peak
+from isolation import FailedError, in_own_process, large_blocks_apart, peak
 from pegrad import trees
 from pegrad.papers.comparison import interleaved
 from runner import Effort, Point, spread
@@ -165,6 +165,7 @@ def _times(names: Sequence[str], optimizer: str, workload: Workload, effort: Eff
 
 def _peak(name: str, by: str | None, optimizer: str, workload: Workload, device: str, cache: str) -> Point:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # that of the steps' times
+    large_blocks_apart()  # before anything is compiled, which computes as well
     task = workload.task(device)
     if by == "eagerly":
         name, by = PRIVATE, None
