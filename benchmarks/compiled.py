@@ -4,9 +4,9 @@
 
 An ordinary step, eager and with its forward and backward pass and its update compiled by `torch.compile`; our private
 step, eager and by `pegrad.compile`, which takes the fastest for the gradient, and the fastest for noise and update: the
-graph run operation by operation, Inductor, or no graph; and Opacus's private step by hooks. Noise is a part of every
-private step, the update of all. Steps take turns in one process; a process of its own for each says what it needs at
-its peak. The ratio is to the better of the ordinary steps.
+graph run operation by operation, Inductor, or no graph, in place like the ordinary step; and Opacus's private step by
+hooks. Noise is a part of every private step, the update of all. Steps take turns in one process; a process of its own
+for each says what it needs at its peak. The ratio is to the better of the ordinary steps.
 """
 
 from collections.abc import Sequence

@@ -219,13 +219,13 @@ def _ordinary_update(task: Task, optimizer: str) -> tuple[Callable[[], Any], Poi
 def _private(
     task: Task, optimizer: str, *, compiles: bool = False, backend: str | None = None
 ) -> tuple[Callable[[], Any], Point]:
-    """The step of `pegrad.dp_sgd`, on from where the one before it got to."""
+    """The step of `pegrad.dp_sgd`, on from where the one before it got to; compiled, in place like the ordinary one."""
     step: Any = _step(task, OPTIMIZERS[optimizer][1](LEARNING_RATE), CLIP_NORM)
     params = trees.map(torch.clone, task.params)
     at = [params, step.init(params, pegrad.random.key(0))]
     made: Point = {}
     if compiles:
-        step = pegrad.compile(step, *at, task.batch, backend=backend)
+        step = pegrad.compile(step, *at, task.batch, backend=backend, donate=True)
         (how,) = step.reports
         made = {
             "spent": how.spent,
