@@ -37,7 +37,10 @@ def affine(params, example):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("normalize_by", "microbatch_size"), [(1.0, None), (7.0, 2)])
+@pytest.mark.parametrize(
+    ("normalize_by", "microbatch_size"),
+    [(1.0, None), (7.0, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1.0, 2), (7.0, None)])],
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_neighbouring_batches_differ_by_at_most_the_sensitivity(strategy, normalize_by, microbatch_size, data):

@@ -656,3 +656,16 @@ def test_another_order_gives_the_same(update):
     wanted = function(inputs)
     torch.manual_seed(3)
     assert_same_bits(tuple(recording.graph(*inputs, *recording.captured)[:2]), wanted)
+
+
+def test_what_is_no_step_keeps_its_order():
+    """Catches: a backward pass in another order, which may keep more of it at a time."""
+
+    def function(given):
+        x, y = (leaf * 1.0 for leaf in given)
+        later = y.exp()
+        return x.sin(), later + 1
+
+    graph = record(function, (r(3), r(3))).graph
+    names = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert names.index(ATEN.exp.default) < names.index(ATEN.sin.default)

@@ -131,9 +131,10 @@ def test_options_and_constants(name, strategy):
 @pytest.mark.parametrize("strategy", ["ghost", "book_keeping"])
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("operation", ["convolution", "norm", "linear", "tied", "made"])
-def test_gradients_stacked_in_parts(operation, images, strategy, monkeypatch):
+@pytest.mark.parametrize("block", [4, 200])
+def test_gradients_stacked_in_parts(operation, images, strategy, block, monkeypatch):
     """Catches: an example of several images cut in two, a last part lost, a part weighed by another's weights."""
-    monkeypatch.setattr("pegrad.reductions.native.BLOCK", 4)
+    monkeypatch.setattr("pegrad.reductions.native.BLOCK", block)
     monkeypatch.setattr("pegrad.reductions.native.FEW", 2)
     monkeypatch.setattr("pegrad.numerics.BLOCK", 200)
     params = {"k": r(3, 2, 2, 2), "b": r(3), "w": r(4, 4), "c": r(4)}

@@ -22,10 +22,10 @@ def leaf_by_leaf(graph: Graph, stage: int) -> None:
         graph: of operations, in place; those of the stages before have the `KIN`, the leaves.
         stage: the number of the last stage.
     """
-    nodes = [node for node in graph.nodes if node.op == "call_function" and node.meta[STAGE] == stage]
-    if not nodes:
-        return
     leaves = {node: index for index, node in enumerate(node for node in graph.nodes if KIN in node.meta)}
+    nodes = [node for node in graph.nodes if node.op == "call_function" and node.meta[STAGE] == stage]
+    if not leaves or not nodes:  # not a step's: a gradient's order is that of its backward pass
+        return
     before = _before(nodes)
     first: dict[Node, int] = {}  # of the leaves that it is made of
     for node in nodes:
