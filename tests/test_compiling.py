@@ -12,6 +12,7 @@ import oracle
 import pegrad
 from cases import CASES, B, r
 from pegrad import clipping, optim, trees
+from pegrad.checking.compare import nudged
 from pegrad.compiling.backends import Backend
 from pegrad.compiling.comparing import worst_difference
 from pegrad.compiling.recording import next_stage, record
@@ -517,6 +518,51 @@ def test_a_gradient_that_is_nothing_but_rounding_may_be_another(monkeypatch):
     monkeypatch.setattr(pegrad.compiling.compiled, "Backend", Wrong)
     with pytest.raises(pegrad.CompileError, match="something else"):
         pegrad.compile(step, parameters, state, rows, backend="only")
+
+
+class Nudging(Backend):
+    """Computes with numbers that are other by a rounding."""
+
+    def __call__(self, graph, tensors):
+        eps, generator = torch.finfo(torch.float32).eps, torch.Generator().manual_seed(7)
+
+        def other(t):
+            return nudged(t, eps, generator) if t.dim() > 1 and t.is_floating_point() else t
+
+        return lambda *given: graph(*map(other, given))
+
+    def alternatives(self):
+        return []
+
+
+def test_a_tie_that_falls_to_the_other_side_is_rounding(monkeypatch):
+    """Of two equal numbers in a pooling window, either may be the greatest; what no tie touches is judged as ever."""
+
+    def pooling(parameters, x):
+        pooled = F.max_pool1d((x @ parameters["w"])[None], 2)[0]
+        return pooled @ torch.linspace(0.1, 1, 100) + x @ parameters["shift"]
+
+    generator = torch.Generator().manual_seed(0)
+    parameters = {"w": torch.randn(6, 200, generator=generator), "shift": torch.zeros(6)}
+    parameters["w"][:, 1] = parameters["w"][:, 0]
+    rows = torch.randn(B, 6, generator=generator)
+    function = pegrad.clipped_grad(pooling, clip_norm=1.0)
+    moved = function({**parameters, "w": nudged(parameters["w"], 1e-7, generator)}, rows).grads["w"]
+    assert worst_difference(moved, function(parameters, rows).grads["w"]) > 10
+    monkeypatch.setattr(pegrad.compiling.compiled, "Backend", Nudging)
+    assert not pegrad.compile(function, parameters, rows, backend="any").reports[0].rejected
+    monkeypatch.setattr(pegrad.compiling.compiled, "Backend", Wrong)
+    with pytest.raises(pegrad.CompileError, match="something else"):
+        pegrad.compile(function, parameters, rows, backend="only")
+
+
+def test_ties_account_for_no_more_than_a_share():
+    """However far rounding takes what is wanted; the share is of each tensor by itself."""
+    wanted = {"a": torch.ones(4), "b": torch.ones(4)}
+    others = [{"a": torch.ones(4) * 2, "b": torch.ones(4)}] * 2
+    assert worst_difference({"a": torch.ones(4) * 1.03, "b": torch.ones(4)}, wanted, others=others) < 1
+    assert worst_difference({"a": torch.ones(4) * 1.04, "b": torch.ones(4)}, wanted, others=others) > 1
+    assert worst_difference({"a": torch.ones(4), "b": torch.ones(4) * 1.001}, wanted, others=others) > 1
 
 
 def test_a_constant_that_should_be_none_is_found_out():

@@ -2329,6 +2329,20 @@ MUTANTS = [
         "a key that became a constant of a graph repeats its noise",
     ),
     Mutant(
+        "compiling/comparing.py",
+        "min(FURTHER * moved, _MOST * size)",
+        "0.0",
+        "test_compiling.py -k falls_to_the_other_side",
+        "a network with pooling windows is refused a compiler at random",
+    ),
+    Mutant(
+        "compiling/comparing.py",
+        "min(FURTHER * moved, _MOST * size)",
+        "FURTHER * moved",
+        "test_compiling.py -k ties_account_for",
+        "what a compiler gives of a gradient that rounding can turn around is anything",
+    ),
+    Mutant(
         "compiling/update.py",
         "return [_number(function(counts[index])) for index, function in self.functions]",
         "return [_number(function(0 * counts[index])) for index, function in self.functions]",

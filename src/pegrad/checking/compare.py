@@ -25,8 +25,10 @@ TOLERANCE = {
 }
 _GUARANTEED = 1e-4  # what the guarantee on the sensitivity leaves to the rounding of norms and sums, in any dtype
 _SHARE = 1e-3  # a leaf whose gradient is next to nothing is judged by this share of the whole gradient
-_PERTURBED = 8  # runs of the loop at slightly other parameters, before a difference is taken for a fault
-_FURTHER = 4.0  # how much further from the loop than those runs the strategy may be
+# What lies within rounding of a kink or a tie may fall to either side, and a gradient is then another.
+PERTURBED = 8  # runs at slightly other numbers, before a difference is taken for a fault
+FURTHER = 4.0  # how much further from what is wanted than those runs may be what is given
+NUDGE = 4  # roundings by which numbers are then other
 
 
 class Values(NamedTuple):
@@ -142,12 +144,7 @@ class Subject:
     def perturbed(self, size: float, seed: int) -> "Subject":
         """Return the same with every parameter changed by about `size` of itself."""
         generator = torch.Generator().manual_seed(seed)
-
-        def moved(leaf: Tensor) -> Tensor:
-            by = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
-            return (leaf.double() * (1 + size * by)).to(leaf.dtype)
-
-        return replace(self, params=trees.map(moved, self.params))
+        return replace(self, params=trees.map(lambda leaf: nudged(leaf, size, generator), self.params))
 
     def loop(self, seed: int = 0) -> Loop:
         """Run the plain loop.
@@ -203,6 +200,12 @@ class Subject:
         )
 
 
+def nudged(tensor: Tensor, size: float, generator: torch.Generator) -> Tensor:
+    """Return a floating-point tensor with every number changed by about `size` of itself."""
+    by = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+    return (tensor.double() * (1 + size * by)).to(tensor.dtype)
+
+
 def compare(
     subject: Subject, loop: Loop, reference: Loop, terms: Values | None = None, *, alone: bool = False
 ) -> Errors:
@@ -220,11 +223,9 @@ def compare(
     errors = _errors(subject, answers, reference, clipping, terms, loop)
     if errors.within():
         return errors
-    # What lies within rounding of a kink or a tie may fall to either side. Is the strategy further away than the loop
-    # at parameters that differ by a few roundings?
-    size = 4 * torch.finfo(loop.narrowest).eps
-    for seed in range(_PERTURBED):
-        moved = distance_of(subject.perturbed(size, seed).loop(), loop).over(errors.tolerance / _FURTHER)
+    size = NUDGE * torch.finfo(loop.narrowest).eps
+    for seed in range(PERTURBED):
+        moved = distance_of(subject.perturbed(size, seed).loop(), loop).over(errors.tolerance / FURTHER)
         terms = moved.join(terms, torch.maximum)
     return _errors(subject, answers, reference, clipping, terms, loop)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pegrad import trees
+from pegrad.checking.compare import NUDGE, PERTURBED, nudged
 from pegrad.compiling.backends import Backend
 from pegrad.compiling.comparing import worst_difference
 from pegrad.compiling.graphs import PLAIN, Compiler, Graph
@@ -56,10 +57,14 @@ class Trials:
     def distance_at(self, stage: int, backend: Backend, compiler: Compiler) -> float:
         """Return how far what a stage gives by a backend is from what it gives as it is, likewise.
 
-        By itself: of a gradient that is nothing but rounding an optimizer makes a whole step, one way or the other.
+        By itself: of a gradient that is nothing but rounding an optimizer makes a whole step, one way or the other. And
+        a gradient may be another where numbers that are the same but for rounding are on the other side of a kink or a
+        tie, as the greatest of a pooling window: it may be as far away as rounding the inputs takes it.
         """
         if stage == compiler.stages[-1]:
-            return self.distance(compiler.graph((*(PLAIN,) * stage, backend)))
+            found = self.distance(compiler.graph((*(PLAIN,) * stage, backend)))
+            if found <= 1 or stage:
+                return found
         return max(self._distance_at(stage, backend, compiler, inputs) for inputs, _ in self._expected)
 
     def _distance(self, graph: Graph, inputs: Any, wanted: Any) -> float:
@@ -72,12 +77,17 @@ class Trials:
         return worst_difference(given, wanted, self._program.start(inputs))
 
     def _distance_at(self, stage: int, backend: Backend, compiler: Compiler, inputs: Any) -> float:
-        found = []
-        for by in PLAIN, backend:
+        def outputs(by: Backend, inputs: Any) -> tuple[Any, ...]:
             self._again()
             with self._program.surroundings(self._call):
-                found.append(compiler.outputs(stage, by, inputs))
-        return worst_difference(found[1], found[0])
+                return compiler.outputs(stage, by, inputs)
+
+        wanted, given = outputs(PLAIN, inputs), outputs(backend, inputs)
+        found = worst_difference(given, wanted)
+        if found <= 1 or found == inf:
+            return found
+        others = (outputs(PLAIN, _nudged(inputs, seed)) for seed in range(PERTURBED))
+        return worst_difference(given, wanted, others=others)
 
     def _result(self, trial: Trial) -> Any:
         self._again()
@@ -108,6 +118,19 @@ def repeated() -> Iterator[Callable[[], None]]:
 def copies(tree: Any) -> Any:
     """Copy every tensor of a pytree."""
     return trees.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _nudged(tree: Any, seed: int) -> Any:
+    """Copy a pytree of tensors, every number changed by a few roundings."""
+    generator = torch.Generator().manual_seed(seed)
+    structure, tensors = Pieces.of(tree)
+
+    def other(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        return nudged(tensor, NUDGE * torch.finfo(tensor.dtype).eps, generator)
+
+    return structure.filled([other(t) for t in tensors])
 
 
 def _other(tensor: Tensor) -> Tensor:
