@@ -369,6 +369,18 @@ def test_a_step_that_misses_leaves_donated_memory_as_it_was():
     assert_same_bits(mine, params())
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_compiling_takes_no_step(at_once):
+    """The arguments that a graph is made for are the next call's, in whose memory nothing has happened yet."""
+    step = pegrad.dp_sgd(net, optim.adam(0.1), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    given, state = params(), step.init(params(), pegrad.random.key(0))
+    wanted = step(params(), step.init(params(), pegrad.random.key(0)), batch(0))
+    compiled = pegrad.compile(step, *[given, state, batch(0)] * at_once, backend="eager", donate=True)
+    if at_once:
+        assert_same_bits(given, params())
+    assert_same_bits(compiled(given, state, batch(0)), wanted)
+
+
 def test_donated_memory_is_that_of_the_result():
     step = pegrad.dp_sgd(net, optim.adam(0.1), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
     mine = params()

@@ -250,7 +250,7 @@ def test_no_value_is_shared():
     noise = [random.tree_normal(key, tree, cipher=cipher) for key in steps for cipher in Cipher]
     values = [leaf.flatten() for each in noise for leaf in (each["a"], *each["b"])]
     for cipher in Cipher:
-        values.append(random.normal(random.key(2), (3 * aes._BLOCK,), dtype=torch.float64, cipher=cipher))
+        values.append(random.normal(random.key(2), (3 * aes.BLOCK,), dtype=torch.float64, cipher=cipher))
     together = torch.cat(values)
     assert len(together.unique()) == len(together)
 
@@ -283,7 +283,7 @@ def test_every_shape_and_dtype(shape, dtype, cipher):
 @CIPHERS
 def test_counts_around_the_block_size(cipher):
     """Catches a block that is skipped or left unfilled."""
-    for count in (aes._BLOCK - 1, aes._BLOCK, aes._BLOCK + 1, 2 * aes._BLOCK + 3):
+    for count in (aes.BLOCK - 1, aes.BLOCK, aes.BLOCK + 1, 2 * aes.BLOCK + 3):
         sample = random.normal(random.key(4), (count,), dtype=torch.float64, cipher=cipher)
         assert len(sample.unique()) == count
         assert sample[-1000:].std() == pytest.approx(1, abs=0.15)
@@ -293,7 +293,7 @@ def test_counts_around_the_block_size(cipher):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_slice_is_that_of_the_whole(monkeypatch, dtype, cipher):
     """Catches a keystream that is entered at a wrong place, a last block taken for a full one, a part off by one."""
-    monkeypatch.setattr(aes, "_BLOCK", 32)
+    monkeypatch.setattr(aes, "BLOCK", 32)
     monkeypatch.setattr(chacha, "_AT_ONCE_ON_CPU", 13)
     for numel in (0, 1, 31, 33, 65) if cipher is Cipher.AES else (0, 1, 23):
         whole = random.normal(random.key(5), (numel,), dtype=dtype, cipher=cipher)
@@ -305,7 +305,7 @@ def test_a_slice_is_that_of_the_whole(monkeypatch, dtype, cipher):
 @CIPHERS
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_slices_across_the_edges_of_real_blocks(dtype, cipher):
-    block, numel = aes._BLOCK, 3 * aes._BLOCK + 7
+    block, numel = aes.BLOCK, 3 * aes.BLOCK + 7
     whole = random.normal(random.key(5), (numel,), dtype=dtype, cipher=cipher)
     cuts = [0, 3, block - 1, block + 1, 2 * block, 2 * block + 5, 3 * block + 2, numel]
     parts = [
@@ -320,7 +320,7 @@ def test_a_slice_makes_no_more_than_its_blocks(monkeypatch):
     taken, blocks = aes.Room.taken, chacha.keystream
     monkeypatch.setattr(aes.Room, "taken", lambda room, stream, size: asked.append(size) or taken(room, stream, size))
     assert len(random.normal_slice(random.key(0), 10**15, 10**15 - 5, 10**15)) == 5
-    assert 0 < sum(asked) <= 6 * aes._BLOCK + 12  # bytes: 8 for each radius, 4 for each angle
+    assert 0 < sum(asked) <= 6 * aes.BLOCK + 12  # bytes: 8 for each radius, 4 for each angle
     made = []
     monkeypatch.setattr(chacha, "keystream", lambda key, counter: made.append(len(counter)) or blocks(key, counter))
     assert len(random.normal_slice(random.key(0), 10**15, 10**15 - 5, 10**15, cipher=Cipher.CHACHA20)) == 5

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pegrad.compiling.blocks import by_blocks
 from pegrad.errors import ArgumentError, CompileError
 from pegrad.torch_internals import compiler, inductor_settings
 
@@ -40,7 +41,7 @@ class Backend(NamedTuple):
             CompileError: it fails.
         """
         if self.name == "eager":
-            return graph
+            return by_blocks(graph)
         try:
             compile_graph = compiler(self.name)
         except Exception as error:

@@ -66,7 +66,7 @@ def make(program: Program, call: Call, backends: Backends | None) -> tuple[Graph
     inputs = program.inputs(call)
     with repeated() as again:
         with program.surroundings(call):
-            recording = record(program.graph, inputs, program.handed_over)
+            recording = record(program.graph, copies(inputs) if program.handed_over else inputs, program.handed_over)
         compiler = Compiler(recording, inputs)
         again()
         trials = Trials(program, call, inputs, compiler.graph((PLAIN,)), again)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from pegrad.compiling.backends import Backend, Runs
+from pegrad.compiling.blocks import by_blocks
+from pegrad.compiling.nodes import KIN
 from pegrad.compiling.pieces import Pieces
 from pegrad.compiling.recording import Recording
-from pegrad.compiling.stages import KIN, Staged
+from pegrad.compiling.stages import Staged
 from pegrad.errors import ArgumentError
 from pegrad.numerics import arithmetic, without_autocast
 
@@ -57,6 +59,7 @@ class Compiler:
         self._recording = recording
         self._inputs = inputs
         self._device = Pieces.of(inputs)[1][0].device
+        self._plain = by_blocks(recording.graph)
         self._staged: Staged = self._on(inputs, lambda *tensors: Staged(recording.graph, tensors))
         self.stages = range(len(self._staged.stages))
 
@@ -69,7 +72,7 @@ class Compiler:
         """
         strides = tuple(t.stride() for t in Pieces.of(self._inputs)[1])
         if {*backends} == {PLAIN}:
-            return Graph(self._recording.graph, self._recording, strides)
+            return Graph(self._plain, self._recording, strides)
         with without_autocast(self._device):  # whose casts are operations of the graph
             return Graph(self._staged.compiled(backends), self._recording, strides)
 

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from pegrad import trees
-from pegrad.compiling.stages import KIN, STAGE, written_by
+from pegrad.compiling.nodes import KIN, STAGE, written_by
 from pegrad.torch_internals import Operation, returns_view
 
 
@@ -26,20 +26,20 @@ def leaf_by_leaf(graph: Graph, stage: int) -> None:
     nodes = [node for node in graph.nodes if node.op == "call_function" and node.meta[STAGE] == stage]
     if not leaves or not nodes:  # not a step's: a gradient's order is that of its backward pass
         return
-    before = _before(nodes)
+    waits_for = before(nodes)
     first: dict[Node, int] = {}  # of the leaves that it is made of
     for node in nodes:
         of = [leaves[source] for source in node.all_input_nodes if source in leaves]
-        first[node] = min([*of, *(first[other] for other in before[node])], default=len(leaves))
-    wanted = {other for node in nodes for other in before[node]}
+        first[node] = min([*of, *(first[other] for other in waits_for[node])], default=len(leaves))
+    wanted = {other for node in nodes for other in waits_for[node]}
     ends = sorted((node for node in nodes if node not in wanted), key=first.__getitem__)
     last = nodes[0].prev
-    for node in _in_turn(ends, before):
+    for node in _in_turn(ends, waits_for):
         last.append(node)
         last = node
 
 
-def _before(nodes: list[Node]) -> dict[Node, list[Node]]:
+def before(nodes: list[Node]) -> dict[Node, list[Node]]:
     """Return what must run before each operation: what makes its inputs, and what reads or writes the same memory."""
     own = set(nodes)
     memory: dict[Node, Node] = {}
@@ -65,14 +65,14 @@ def _before(nodes: list[Node]) -> dict[Node, list[Node]]:
     return found
 
 
-def _in_turn(ends: list[Node], before: dict[Node, list[Node]]) -> list[Node]:
+def _in_turn(ends: list[Node], waits_for: dict[Node, list[Node]]) -> list[Node]:
     """List each end, and in front of it what must run before."""
     order: dict[Node, None] = {}
     for end in ends:
         waiting = [end]
         while waiting:
             node = waiting[-1]
-            missing = [other for other in before[node] if other not in order]
+            missing = [other for other in waits_for[node] if other not in order]
             if missing:
                 waiting += reversed(missing)
             else:

@@ -18,9 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pegrad import trees
 from pegrad.assumptions import Assumptions, assuming
+from pegrad.compiling.nodes import KIN, LOOK, STAGE, Look
 from pegrad.compiling.order import leaf_by_leaf
 from pegrad.compiling.pieces import Pieces
-from pegrad.compiling.stages import KIN, STAGE
 from pegrad.errors import CompileError, PegradError
 from pegrad.torch_internals import TorchDispatchMode, import_compiler, unsafe_view
 
@@ -123,6 +123,7 @@ class _Recorder(TorchDispatchMode):
         self._nodes: MutableMapping[Tensor, Node] = WeakTensorKeyDictionary()
         for index, tensor in enumerate(inputs):
             self._nodes[tensor] = self._last = self._graph.placeholder(f"input_{index}")
+            self._last.meta[LOOK] = Look.of(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by PyTorch in place of every operation."""
@@ -142,7 +143,7 @@ class _Recorder(TorchDispatchMode):
             self._refuse(f"{func} draws from a generator of its own")
         if func is _ATEN.lift_fresh.default:  # a new tensor of numbers that Python knows
             result = func(*args)
-            self._nodes[result] = self._call(_ATEN.clone.default, (self._enter(result.clone()),))
+            self._note(result, self._call(_ATEN.clone.default, (self._enter(result.clone()),)))
             return result
         given = [
             (node or self._enter(leaf)) if isinstance(leaf, Tensor) else leaf
@@ -181,10 +182,11 @@ class _Recorder(TorchDispatchMode):
         """Note what an operation returned; if that is one of its arguments, it is noted already."""
         if isinstance(result, Tensor):
             self._nodes.setdefault(result, node)
+            node.meta[LOOK] = Look.of(result)
         elif isinstance(result, tuple | list):
             for index, one in enumerate(result):
                 if isinstance(one, Tensor):
-                    self._nodes.setdefault(one, self._call(getitem, (node, index)))
+                    self._note(one, self._call(getitem, (node, index)))
 
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         node = self._graph.call_function(function, args, kwargs)
@@ -198,6 +200,7 @@ class _Recorder(TorchDispatchMode):
         self.captured.append(tensor)
         self._versions.append(tensor._version)
         self._nodes[tensor] = self._last
+        self._last.meta[LOOK] = Look.of(tensor)
         return self._last
 
     def _refuse(self, why: str) -> NoReturn:

@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from pegrad.compiling.backends import Backend, Runs
-from pegrad.torch_internals import Operation, returns_view, written
-
-STAGE, KIN = "stage", "kin"
-"""In a node's `meta`: the number of its stage; and that it is one of several whose values are of one kind."""
+from pegrad.compiling.nodes import LOOK, STAGE, written_by
+from pegrad.torch_internals import Operation, returns_view
 
 
 class Stage(NamedTuple):
@@ -101,17 +99,12 @@ def _cut(graph: Graph) -> Iterator[Stage]:
         outputs = [node for node in own if any(user not in own for user in node.users)]
         part = Graph()
         copies = {node: part.placeholder(node.name) for node in inputs}
+        for node, copy in copies.items():
+            copy.meta[LOOK] = node.meta[LOOK]
         for node in own:
             copies[node] = part.node_copy(node, copies.__getitem__)
         part.output([copies[node] for node in outputs])
         yield Stage(GraphModule(torch.nn.Module(), part), inputs, outputs)
-
-
-def written_by(node: Node) -> list[Any]:
-    """Return the arguments that a node writes to."""
-    if not isinstance(node.target, Operation):
-        return []
-    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in written(node.target)]
 
 
 def _is_part(argument: Any) -> bool:

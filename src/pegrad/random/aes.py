@@ -3,6 +3,9 @@
 On an accelerator the arithmetic runs there, of words that are copied to it block by block.
 """
 
+from threading import local
+from typing import cast
+
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
@@ -12,7 +15,7 @@ from pegrad.random.box_muller import Precision, fill, precision_of
 
 # Normals are made in blocks: working memory stays at a few megabytes, in cache, however large the request.
 # Part of what a key means: another value gives other numbers.
-_BLOCK = 1 << 18
+BLOCK = 1 << 18
 
 
 def keystream(derived: bytes, position: int = 0) -> CipherContext:
@@ -41,6 +44,16 @@ class Room:
         return torch.from_numpy(np.frombuffer(self._buffer, np.uint8, size))
 
 
+def _kept_room(size: int) -> Room:
+    """Return room that this thread has had before, if it is enough: at most a few megabytes."""
+    if getattr(_KEPT, "size", 0) < size:
+        _KEPT.room, _KEPT.size = Room(size), size
+    return cast(Room, _KEPT.room)
+
+
+_KEPT = local()
+
+
 def words(stream: CipherContext, count: int, word: torch.dtype, device: torch.device) -> Tensor:
     """Take the next `count` integers of a keystream."""
     return Room(count * word.itemsize).taken(stream, count * word.itemsize).view(word).to(device)
@@ -63,12 +76,12 @@ def normals(derived: bytes, numel: int, start: int, stop: int, dtype: torch.dtyp
         A tensor of shape (stop - start,).
     """
     precision = precision_of(dtype)
-    first = start // _BLOCK
-    of_a_block = _BLOCK // 2 * (torch.int64.itemsize + precision.word.itemsize)
-    stream, room = keystream(derived, first * of_a_block), Room(min(of_a_block, -(-numel // 2) * 16))
+    first = start // BLOCK
+    of_a_block = BLOCK // 2 * (torch.int64.itemsize + precision.word.itemsize)
+    stream, room = keystream(derived, first * of_a_block), _kept_room(of_a_block)
     out = torch.empty(stop - start, dtype=precision.compute, device=device)
-    for begin in range(first * _BLOCK, stop, _BLOCK):
-        end = min(begin + _BLOCK, numel)
+    for begin in range(first * BLOCK, stop, BLOCK):
+        end = min(begin + BLOCK, numel)
         mine = out[max(begin - start, 0) : end - start]
         if mine.numel() == end - begin:
             _fill(stream, room, precision, mine)
