@@ -503,9 +503,12 @@ def test_backends_compile_graphs():
     assert (config.fallback_random, config.pattern_matcher) == before
 
 
-@pins("TorchDispatchMode", "Operation", "written", "returns_view")
+@pins("TorchDispatchMode", "Operation", "written", "returns_view", "in_place")
 def test_a_mode_sees_operations():
-    """A dispatch mode sees operations below autograd and `vmap`; their schemas say what they write to and alias."""
+    """A dispatch mode sees operations below autograd and `vmap`; their schemas say what they write to and alias.
+
+    And of those that go by one name, that which writes over its first argument has an underscore.
+    """
     seen = []
 
     class Seeing(internals.TorchDispatchMode):
@@ -523,6 +526,9 @@ def test_a_mode_sees_operations():
     assert internals.written(torch.ops.aten.add.Tensor) == []
     assert internals.returns_view(torch.ops.aten.select.int)
     assert not internals.returns_view(torch.ops.aten.add_.Tensor)
+    assert internals.in_place(torch.ops.aten.mul.Tensor) is torch.ops.aten.mul_.Tensor
+    assert internals.in_place(torch.ops.aten.maximum.default) is None
+    assert internals.in_place(torch.ops.pegrad.aes_normal.default) is None
 
 
 @pins("without_subclasses")

@@ -251,3 +251,9 @@ def written(operation: Any) -> list[tuple[int, str]]:
 def returns_view(operation: Any) -> bool:
     """Tell whether what an operation returns lies in the memory of an argument."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in operation._schema.returns)
+
+
+def in_place(operation: Any) -> Any:
+    """Return the operation that writes what this one returns over its first argument; None: PyTorch has none."""
+    packet = getattr(torch.ops.aten, f"{operation._opname}_", None) if operation.namespace == "aten" else None
+    return getattr(packet, operation._overloadname, None)

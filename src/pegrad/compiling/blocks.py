@@ -1,28 +1,33 @@
-"""Noise and update of a step, a block of a leaf's numbers at a time: what is made on the way stays in cache.
+"""Noise and update of a step that works in place, a block of a leaf's numbers at a time.
 
-Optimizers work number by number, but each of their operations goes over a whole leaf, which is read from memory and
-written to it again a dozen times; on a CPU that takes as long as the noise. All of them on one block, then all on the
-next, give the same numbers.
+Optimizers work number by number. So where the new numbers are written over the old ones, all operations can run on one
+block before they run on the next: what they make on the way takes the memory of a block, not of several times the
+largest leaf. Whether what the graph takes for granted holds is known before that, so nothing is made to be thrown away.
+The numbers are the same.
 """
 
 from itertools import pairwise
-from operator import add, getitem
-from typing import Any, cast
+from operator import add
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from pegrad import torch_internals
 from pegrad.compiling.nodes import LOOK, STAGE, Look, written_by
 from pegrad.compiling.order import before
 from pegrad.random.aes import BLOCK
-from pegrad.torch_internals import Operation, returns_view, unsafe_view
+from pegrad.torch_internals import Operation, unsafe_view
 
-_FEW = 3  # operations that gain nothing
+_LARGE = 1 << 14  # a leaf of fewer numbers is not worth it
 
 
 def by_blocks(graph: GraphModule) -> GraphModule:
-    """Return a graph that gives the same, what comes after its first stage block by block, where that can be."""
+    """Return a graph that gives the same, what writes over a leaf after the first stage done block by block.
+
+    On a CPU: an accelerator takes as long over a few numbers as over many.
+    """
     writer = _Writer(graph.graph)
     return GraphModule(writer.root, writer.graph) if writer.runs else graph
 
@@ -59,22 +64,42 @@ class _Writer:
         self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
 
     def _flush(self) -> None:
-        """Write the run."""
-        run, self._run = self._run, {}
-        outputs = [node for node in run if any(user not in run for user in node.users)]
-        made = [_memory(node, run) for node in outputs]
-        if len(run) <= _FEW or len({*made}) < len(made) or not run.keys() >= {*made}:  # others may write to the same
+        """Write the run: as it is, if it does more than to write over leaves."""
+        run, self._run = [*self._run], {}
+        renewals = [_Renewal.of(node) for node in run if any(_whole(given) not in run for given in written_by(node))]
+        conditions = {renewal.condition for renewal in renewals if renewal}
+        if any(user not in run for node in run for user in node.users) or None in renewals or len(conditions) != 1:
             for node in run:
                 self._copy(node)
             return
         inputs = list(dict.fromkeys(i for node in run for i in node.all_input_nodes if i not in run))
-        module = _Blocks(run, inputs, outputs)
         name = f"blocks_{self.runs}"
         self.runs += 1
-        self.root.add_module(name, module)
-        found = self.graph.call_module(name, tuple(self._copies[node] for node in inputs))
-        for index, node in enumerate(outputs):
-            self._copies[node] = self.graph.call_function(getitem, (found, index))
+        self.root.add_module(name, _Blocks(run, cast(list[_Renewal], renewals), inputs))
+        self.graph.call_module(name, tuple(self._copies[node] for node in (*conditions, *inputs)))
+
+
+class _Renewal(NamedTuple):
+    """Numbers that are written over old ones where a condition holds."""
+
+    condition: Node
+    old: Node
+    new: Node
+    chosen: Node
+    """Of the two, where the condition says which."""
+    written: Node
+    """The operation that writes it over the old ones."""
+
+    @classmethod
+    def of(cls, node: Node) -> "_Renewal | None":
+        """Read an operation as one."""
+        if node.target is not _ATEN.copy_.default:
+            return None
+        old, chosen = cast(tuple[Node, Node], node.args)
+        if chosen.target is not _ATEN.where.self:
+            return None
+        condition, new, other = cast(tuple[Node, Node, Node], chosen.args)
+        return cls(condition, old, new, chosen, node) if other is old and not condition.meta[LOOK].shape else None
 
 
 class _Blocks(nn.Module):
@@ -82,54 +107,67 @@ class _Blocks(nn.Module):
 
     Args:
         run: the operations.
-        inputs: what they are given from outside: tensors of as many numbers as each makes, or no dimension, or keys.
-        outputs: those whose numbers are wanted.
+        renewals: what they do to old numbers.
+        inputs: what they are given: tensors of as many numbers as each makes, some of which they write over; tensors of
+            no dimension; keys.
     """
 
-    def __init__(self, run: dict[Node, None], inputs: list[Node], outputs: list[Node]) -> None:
+    def __init__(self, run: list[Node], renewals: list[_Renewal], inputs: list[Node]) -> None:
         super().__init__()
-        self._shapes = [node.meta[LOOK].shape for node in outputs]
-        self._count = _count(next(iter(run)))
-        written = {_memory(argument, run) for node in run for argument in written_by(node)}
-        self._written = [node in written for node in inputs]
-        self._in_blocks = [_is_leaf(node, self._count) for node in inputs]
+        count = _count(run[0])
+        self._in_blocks = [_is_leaf(node, count) for node in inputs]
+        self._renewed = [inputs.index(renewal.old) for renewal in renewals]
         starts = [cast(int, node.args[2]) for node in run if node.target is _NORMAL]
         first = -starts[0] % BLOCK if starts else 0  # or each block of noise were made twice
-        self._bounds = sorted({0, *range(first, self._count, BLOCK), self._count})
-        self._block = GraphModule(nn.Module(), _of_a_block(run, inputs, outputs))
+        self._bounds = sorted({0, *range(first, count, BLOCK), count})
+        self._block = GraphModule(nn.Module(), _of_a_block(run, renewals, inputs))
 
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
-        """Run: the outputs."""
+    def forward(self, condition: Tensor, *inputs: Tensor) -> None:
+        """Run, if a condition holds."""
+        if not condition:
+            return
         flat = [t.reshape(-1) if cut else t for t, cut in zip(inputs, self._in_blocks, strict=True)]
-        outputs: list[Tensor] = []
         for begin, end in pairwise(self._bounds):
             parts = [t[begin:end] if cut else t for t, cut in zip(flat, self._in_blocks, strict=True)]
-            made = self._block(begin, end, *parts)
-            outputs = outputs or [part.new_empty(self._count) for part in made]
-            for whole, part in zip(outputs, made, strict=True):
-                whole[begin:end] = part
-        for tensor, changed, written in zip(inputs, flat, self._written, strict=True):
-            if written and not tensor.is_contiguous():
-                tensor.copy_(changed.view_as(tensor))
-        return [whole.view(shape) for whole, shape in zip(outputs, self._shapes, strict=True)]
+            self._block(begin, end, *parts)
+        for index in self._renewed:
+            if not inputs[index].is_contiguous():
+                inputs[index].copy_(flat[index].view_as(inputs[index]))
 
 
-def _of_a_block(run: dict[Node, None], inputs: list[Node], outputs: list[Node]) -> Graph:
-    """Return a graph from the first number of a block, one after its last, and inputs to outputs."""
+def _of_a_block(run: list[Node], renewals: list[_Renewal], inputs: list[Node]) -> Graph:
+    """Return a graph that takes the first number of a block, one after its last, and inputs."""
     graph = Graph()
     begin, end = graph.placeholder("begin"), graph.placeholder("end")
     copies = {node: graph.placeholder(node.name) for node in inputs}
+    chosen = {renewal.chosen: renewal.new for renewal in renewals}
+    in_place = {renewal.new: operation for renewal in renewals if (operation := _in_place(renewal, run))}
+    done = {renewal.written for renewal in renewals if renewal.new in in_place}
     for node in run:
         if node.target is _NORMAL:
             key, numel, start, _, *how = node.args
             part = [graph.call_function(add, (start, bound)) for bound in (begin, end)]
             copies[node] = graph.call_function(_NORMAL, (copies[cast(Node, key)], numel, *part, *how))
+        elif node in chosen:
+            copies[node] = copies[chosen[node]]
         elif node.target in _SHAPING:
             copies[node] = copies[cast(Node, node.args[0])]
-        else:
+        elif node not in done:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output([copies[node] for node in outputs])
+            copies[node].target = in_place.get(node, node.target)
+    graph.output(())
     return graph
+
+
+def _in_place(renewal: _Renewal, run: list[Node]) -> Any:
+    """Return the operation that makes new numbers where the old ones are, unless those are needed yet."""
+    new, old = renewal.new, renewal.old
+    if new not in run or not isinstance(new.target, Operation) or new.args[0] is not old:
+        return None
+    for node in run[run.index(new) + 1 :]:
+        if old in map(_whole, node.all_input_nodes) and node not in (renewal.chosen, renewal.written):
+            return None
+    return torch_internals.in_place(new.target)
 
 
 def _goes_number_by_number(node: Node) -> bool:
@@ -137,8 +175,7 @@ def _goes_number_by_number(node: Node) -> bool:
     target, look = node.target, node.meta.get(LOOK)
     if not node.meta.get(STAGE) or not isinstance(target, Operation) or not isinstance(look, Look):
         return False
-    count = look.shape.numel()
-    if count <= BLOCK or not look.contiguous or look.device != "cpu":
+    if look.shape.numel() < _LARGE or look.device != "cpu":
         return False
     if target is _NORMAL:
         return True
@@ -147,10 +184,16 @@ def _goes_number_by_number(node: Node) -> bool:
     if torch.Tag.nondeterministic_seeded in target.tags or node.kwargs.get("memory_format") not in _PLAIN:
         return False
     looks = [source.meta.get(LOOK) for source in node.all_input_nodes]
-    leaves = [look for look in looks if isinstance(look, Look) and look.shape]
     if target in _SHAPING:
-        return leaves[0].shape.numel() == count
-    return None not in looks and all(leaf.shape == look.shape for leaf in leaves)
+        return all(isinstance(given, Look) and given.shape.numel() == look.shape.numel() for given in looks)
+    return all(isinstance(given, Look) and given.shape in ((), look.shape) for given in looks)
+
+
+def _whole(argument: Any) -> Any:
+    """Return that whose memory an argument is."""
+    while isinstance(argument, Node) and argument.target in _SHAPING:
+        argument = argument.args[0]
+    return argument
 
 
 def _is_leaf(node: Node, count: int) -> bool:
@@ -162,15 +205,8 @@ def _count(node: Node) -> int:
     return cast(Look, node.meta[LOOK]).shape.numel()
 
 
-def _memory(node: Any, run: dict[Node, None]) -> Any:
-    """Return the node whose value's memory is that of another's: as far as it is of the run."""
-    while node in run and returns_view(node.target):
-        node = node.args[0]
-    return node
-
-
 _ATEN = torch.ops.aten
 _NORMAL = torch.ops.pegrad.aes_normal.default
 _SHAPING = {_ATEN.view.default, _ATEN.detach.default, _ATEN.alias.default, unsafe_view.default}
-_COPYING = {_ATEN.copy_.default, _ATEN.clone.default, _ATEN._to_copy.default}
+_COPYING = {_ATEN.copy_.default, _ATEN.clone.default}
 _PLAIN = {None, torch.contiguous_format, torch.preserve_format}
