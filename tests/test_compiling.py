@@ -375,8 +375,8 @@ def late(step_size):
 
     def update(grads, state, params):
         slow, fast, norms = state
-        faster = trees.map(lambda m, g: g + 0.5 * m, fast, grads)
-        slower = trees.map(lambda m, n, f: 0.9 * m + n - f, slow, faster, fast)
+        faster = trees.map(lambda m, g: m.mul(0.5).add_(g), fast, grads)
+        slower = trees.map(lambda m, n, f: m.mul(0.9).add_(n).sub_(f), slow, faster, fast)
         sizes = trees.map(lambda n, g: n + g.norm(), norms, grads)
         updates = trees.map(lambda s, f, n, p: step_size * (s + f) / n - 1e-3 * p, slower, faster, sizes, params)
         return updates, (slower, faster, sizes)
