@@ -15,7 +15,7 @@ import native
 import peers
 import pegrad
 import report
-from contest import CLIP_NORM, FEW
+from contest import CLIP_NORM
 from isolation import FailedError, in_own_process, large_blocks_apart, peak
 from pegrad import trees
 from pegrad.papers.comparison import interleaved
@@ -169,13 +169,10 @@ def _peak(name: str, by: str | None, optimizer: str, workload: Workload, device:
     task = workload.task(device)
     if by == "eagerly":
         name, by = PRIVATE, None
-    if by:
-        make = partial(_private, compiles=True, backend=by) if name == PRIVATE_COMPILED else STEPS[name]
-        run, _ = make(task, optimizer)
-        run()
-    else:
-        STEPS[name](task.first(FEW), optimizer)[0]()
-        run, _ = STEPS[name](task, optimizer)
+    compiled = name == PRIVATE_COMPILED and by
+    make = partial(_private, compiles=True, backend=by) if compiled else STEPS[name]
+    run, _ = make(task, optimizer)
+    run()  # an optimizer makes its state in its first step
     return {"bytes": peak(run, device)[1]}
 
 
