@@ -16,13 +16,12 @@ class Look(NamedTuple):
     """What a tensor looks like."""
 
     shape: torch.Size
-    contiguous: bool
     device: str
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Look":
         """Look at a tensor."""
-        return cls(tensor.shape, tensor.is_contiguous(), tensor.device.type)
+        return cls(tensor.shape, tensor.device.type)
 
 
 def written_by(node: Node) -> list[Any]:
