@@ -231,6 +231,7 @@ print(step.accumulate(params, step.init(params, pegrad.random.key(0)), stream).p
 """
 
 
+@pytest.mark.slow
 def test_a_loader_is_taken_once_though_the_loss_compiles():
     """Catches: a step that runs anew once dynamo is there, and finds its loader used up."""
     done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120)

@@ -298,6 +298,7 @@ def test_a_correct_step_passes(seed):
     assert found.epsilon < 0.8 * accounted
 
 
+@pytest.mark.slow
 def test_a_correct_step_passes_repeated_runs():
     """Catches: padding that counts, in the library's own step."""
     found, accounted = many_runs(library(linear), 0)

@@ -146,6 +146,7 @@ def test_what_fails_in_its_own_process_is_a_phrase_in_ours(module, function, arg
         isolation.in_own_process(function, argument, limit=limit)
 
 
+@pytest.mark.slow
 def test_clipped_grad_runs_through_and_resumes(module, tmp_path, capsys) -> None:
     """Catches: a strategy that is not right, a failure that is not shown, a second run that measures again."""
     arguments = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]

@@ -143,6 +143,7 @@ def test_every_clipping_trains_and_is_written_down(name, tmp_path, no_timings, c
     assert len({point["clip_norm"] for point in report["history"]}) == (3 if name == "adaptive" else 1)
 
 
+@pytest.mark.slow
 def test_adaptive_clipping_takes_its_numbers(tmp_path, no_timings, capsys):
     """Catches: an option that is ignored, or taken for another; counts that alone would spend the budget."""
     options = ("--clipping", "adaptive", "--clip-norm", "0.7", "--seed", "1")

@@ -687,6 +687,7 @@ def test_the_fastest_is_taken():
     assert report.pays_after > 0
 
 
+@pytest.mark.slow
 def test_each_part_of_a_step_is_by_what_is_fastest_for_it():
     step = pegrad.dp_sgd(net, optim.adam(0.01), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
     state = step.init(params(), pegrad.random.key(0))

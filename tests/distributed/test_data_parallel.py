@@ -736,6 +736,7 @@ def dying(rank, meeting, answers):
             answers.put((error, unchanged, time.perf_counter() - start))
 
 
+@pytest.mark.slow
 def test_torchrun_trains(tmp_path):
     """Two processes share every batch, one of them tells of it, and the run goes on with as many, not with others."""
     folder = tmp_path / "run"
