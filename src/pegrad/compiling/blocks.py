@@ -95,7 +95,7 @@ class _Renewal(NamedTuple):
         """Read an operation as one."""
         if node.target is not _ATEN.copy_.default:
             return None
-        old, chosen = cast(tuple[Node, Node], node.args)
+        old, chosen = cast(tuple[Node, Node], node.args[:2])
         if chosen.target is not _ATEN.where.self:
             return None
         condition, new, other = cast(tuple[Node, Node, Node], chosen.args)
@@ -162,7 +162,7 @@ def _of_a_block(run: list[Node], renewals: list[_Renewal], inputs: list[Node]) -
 def _in_place(renewal: _Renewal, run: list[Node]) -> Any:
     """Return the operation that makes new numbers where the old ones are, unless those are needed yet."""
     new, old = renewal.new, renewal.old
-    if new not in run or not isinstance(new.target, Operation) or new.args[0] is not old:
+    if new not in run or not isinstance(new.target, Operation) or new.args[:1] != (old,):
         return None
     for node in run[run.index(new) + 1 :]:
         if old in map(_whole, node.all_input_nodes) and node not in (renewal.chosen, renewal.written):
