@@ -4,6 +4,7 @@ from pegrad import accounting, auditing, clipping, modules, optim, random, sampl
 from pegrad.accounting.ledger import Entry, Ledger
 from pegrad.accumulation import Added, Sums
 from pegrad.adaptive import Adaptive
+from pegrad.autotune import autotune
 from pegrad.check import check
 from pegrad.checking.report import CheckReport, LeafCheck
 from pegrad.checkpointing import checkpoint
@@ -22,7 +23,7 @@ from pegrad.errors import (
     PegradError,
     StrategyError,
 )
-from pegrad.explain import Explanation, autotune, explain
+from pegrad.explain import Explanation, explain
 from pegrad.memory import largest_microbatch
 from pegrad.modules import from_module, to_module
 from pegrad.per_example import (

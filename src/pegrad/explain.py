@@ -1,26 +1,22 @@
-"""Say, use by use, how a loss's per-example gradients will be found; and measure instead of estimating."""
+"""Say, use by use, how a loss's per-example gradients will be found."""
 
-import time
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
-import torch
 from torch import Tensor
 
 from pegrad import trees
-from pegrad._validate import check_size
 from pegrad.call import Call
 from pegrad.clipping import Clipping, Grouping, as_clipping, grouping_of
-from pegrad.errors import ArgumentError
 from pegrad.per_example import Loss
-from pegrad.plan.candidates import Candidate, Shaped, candidates, stack_name, timing_key
+from pegrad.plan.candidates import Candidate, Shaped, candidates, stack_name
 from pegrad.plan.plan import Plan
 from pegrad.problem import Leaves, Problem
-from pegrad.rules.site import Kernel, Site
-from pegrad.strategies import BookKeeping, Strategy, resolve
+from pegrad.rules.site import Site
+from pegrad.strategies import Strategy, resolve, resolve_traced
 from pegrad.strategies.auto import Auto
 from pegrad.strategies.failures import attributed
 from pegrad.strategies.fallback import cause, most_paths, try_the_loop
@@ -120,7 +116,7 @@ def explain(
         ArgumentError: the strategy does not choose site by site.
         LeafError, LossError: as `pegrad.per_example_grad`, and as `pegrad.clipped_grad` for `clip_norm`.
     """
-    chosen = _traced(strategy)
+    chosen = resolve_traced(strategy)
     problem = Call.of(loss, params, batch, None).problem
     grouping = None if clip_norm is None else grouping_of(as_clipping(clip_norm), params)
     auto = isinstance(resolve(strategy), Auto)
@@ -237,50 +233,6 @@ def _why_copied(operation: str) -> str:
     return f"no rule for {operation}" if operation else "copied by a rule"
 
 
-@eager
-def autotune(
-    loss: Loss, params: PyTree, batch: PyTree, *, strategy: str | Strategy = "auto", repeats: int = 3
-) -> Strategy:
-    """Measure every kernel at every site of a loss, and return a strategy that chooses by what was measured.
-
-    Args:
-        loss: as for `pegrad.per_example_grad`.
-        params: pytree of floating-point tensors.
-        batch: pytree of tensors with one leading axis `B`: of the size that will be used, for shapes that were not
-            measured are estimated. Kernels run on random numbers of the same shapes.
-        strategy: `auto`, `book_keeping` or `ghost`, or one of those classes' objects.
-        repeats: runs of each kernel, >= 1, of which the fastest counts.
-
-    Returns:
-        A strategy to be passed on as `strategy=`.
-
-    Raises:
-        ArgumentError: the strategy does not choose site by site, or `repeats` is below 1.
-        LeafError, LossError: as `pegrad.per_example_grad`.
-    """
-    chosen = _traced(strategy)
-    check_size("repeats", repeats)
-    problem = Call.of(loss, params, batch, None).problem
-    with attributed(chosen, problem):
-        traces = [path.answer for path in by_path(problem, chosen.trace)]
-        groups = [(g, t) for t in traces for g in Plan(t, chosen.choose, problem.sum_rows).groups]
-    timings: dict[str, float] = {}
-    for use in (use for group, trace in groups if group.sites for use in group.shaped(len(trace.losses))):
-        site, x_shape, g_shape = use.site, use.x, use.g
-        native = site.summing(x_shape, g_shape)
-        kernels = {**site.stacking(x_shape, g_shape), **site.norming(x_shape, g_shape)}
-        if (len(kernels) == 1 and not native) or not use.dtype.is_floating_point:
-            continue
-        kernels |= {"native": native} if native else {}
-        keys = {timing_key(site, x_shape, g_shape, name): kernel for name, kernel in kernels.items()}
-        x = torch.randn(x_shape, device=site.source.device, dtype=site.source.dtype)
-        g = torch.randn(g_shape, device=site.source.device, dtype=site.source.dtype)
-        for key, kernel in keys.items():
-            if key not in timings:
-                timings[key] = min(_clock(kernel, x, g) for _ in range(repeats))
-    return replace(chosen, timings=timings)
-
-
 _HEADER = ("leaf", "operation", "input", "output", "norm", "sum", "kept", "estimate", "why, or the next best")
 
 
@@ -317,23 +269,3 @@ def _sites(trace: Trace) -> Iterator[tuple[Site, Tapped]]:
     for tapped in trace.tapped:
         for site in tapped.sites:
             yield site, tapped
-
-
-def _traced(strategy: str | Strategy) -> Traced:
-    chosen = resolve(strategy)
-    if isinstance(chosen, Auto):
-        return BookKeeping()
-    if not isinstance(chosen, Traced):
-        raise ArgumentError(
-            f"Expected a strategy that chooses site by site (auto, book_keeping, ghost), got {strategy!r}"
-        )
-    return chosen
-
-
-def _clock(kernel: Kernel, x: Tensor, g: Tensor) -> float:
-    """Time one run of a kernel, in nanoseconds."""
-    start = time.perf_counter()
-    kernel.run(x, g)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
-    return (time.perf_counter() - start) * 1e9

@@ -1990,6 +1990,20 @@ MUTANTS = [
         "inner products that lose what other leaves' products are larger than",
     ),
     Mutant(
+        "autotune.py",
+        "run = _compiled(kernel, pair, backend) if backend else partial(kernel.run, *pair)",
+        "run = partial(kernel.run, *pair)",
+        "test_autotune.py",
+        "kernels that will be compiled are chosen by what they cost as they are",
+    ),
+    Mutant(
+        "autotune.py",
+        "        graph(pair)  # once, as some backends compile only then\n",
+        "",
+        "test_autotune.py",
+        "compiling is taken for what a kernel costs",
+    ),
+    Mutant(
         "numerics.py",
         "for x, y in zip(a.split(_PRODUCT_SEGMENT, 1), b.split(_PRODUCT_SEGMENT, 1), strict=True):",
         "for x, y in [(a, b)]:",

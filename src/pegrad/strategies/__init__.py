@@ -7,6 +7,7 @@ from pegrad.strategies.book_keeping import BookKeeping
 from pegrad.strategies.ghost import Ghost
 from pegrad.strategies.grouped_conv import GroupedConv
 from pegrad.strategies.naive import Naive
+from pegrad.strategies.traced import Traced
 from pegrad.strategies.vmap import Vmap
 
 STRATEGIES: dict[str, Strategy] = {
@@ -35,6 +36,23 @@ def resolve(strategy: str | Strategy) -> Strategy:
     return STRATEGIES[strategy]
 
 
+def resolve_traced(strategy: str | Strategy) -> Traced:
+    """Return the strategy that a user named, if it chooses site by site; of `auto`, what that tries first.
+
+    Raises:
+        ArgumentError: it does not, or no strategy has that name.
+    """
+    chosen = resolve(strategy)
+    if isinstance(chosen, Auto):
+        return BookKeeping()
+    if not isinstance(chosen, Traced):
+        raise ArgumentError(
+            f"Expected a strategy that chooses site by site (auto, book_keeping, ghost), got {strategy!r}"
+        )
+    return chosen
+
+
 __all__ = [
     "STRATEGIES", "Auto", "BookKeeping", "Ghost", "GroupedConv", "Naive", "Stacking", "Strategy", "Vmap", "resolve",
+    "resolve_traced",
 ]  # fmt: skip
