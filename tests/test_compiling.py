@@ -13,7 +13,7 @@ import pegrad
 from cases import CASES, B, r
 from pegrad import clipping, optim, trees
 from pegrad.checking.compare import nudged
-from pegrad.compiling import blocks
+from pegrad.compiling import blocks, pairs
 from pegrad.compiling.backends import Backend
 from pegrad.compiling.comparing import worst_difference
 from pegrad.compiling.nodes import LOOK, STAGE
@@ -455,6 +455,60 @@ def test_a_step_in_blocks_makes_nothing_of_a_leaf_size():
     (graph,) = compiled._graphs.values()
     after = [node for node in graph.runs.graph.nodes if node.meta.get(STAGE)]
     assert all(node.meta[LOOK].shape.numel() < 700_000 for node in after if LOOK in node.meta)
+
+
+@pytest.fixture
+def small_kernels(monkeypatch):
+    """Compiled ones for so few pairs that every leaf has several, and pairs beside."""
+    monkeypatch.setattr(pairs, "_SIZES", (8, 2))
+    monkeypatch.setattr(blocks, "_LARGE", 1)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "late", "over its gradients"])
+def test_a_step_whose_blocks_are_compiled_gives_the_same(small_kernels, name):
+    """Catches: the two numbers of a pair in each other's place, a kernel of another leaf's, pairs that are left out."""
+    optimizers = {**OPTIMIZERS, "late": lambda: late(0.1), "over its gradients": lambda: over_gradients(0.1)}
+    step = pegrad.dp_sgd(net, optimizers[name](), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
+    ours, theirs = [(params(), step.init(params(), pegrad.random.key(0))) for _ in range(2)]
+    compiled = pegrad.compile(step, *theirs, batch(0), MASK, backend="eager, aot_eager", donate=True)
+    for seed in range(3):
+        given, wanted = compiled(*theirs, batch(seed), MASK), step(*ours, batch(seed), MASK)
+        assert_same_bits(given, wanted)
+        ours, theirs = wanted[:2], given[:2]
+    assert compiled.misses == 0
+
+
+@pytest.mark.parametrize("numbers", [700_000, (1 << 18) + (1 << 15) + 3])
+def test_large_leaves_whose_blocks_are_compiled(numbers, monkeypatch):
+    """Catches: a block's words in another block; kernels that are compiled anew for each leaf or each block."""
+    made = []
+
+    def noting(self, *args):
+        made.append(args)
+        return original(self, *args)
+
+    original = blocks.Pairs._run
+    monkeypatch.setattr(blocks.Pairs, "_run", noting)
+    large = {"a": torch.zeros(numbers), "b": torch.zeros(numbers)}
+    step = pegrad.dp_sgd(
+        lambda p, x: (p["a"] * x + p["b"] * x.sin()).sum(), optim.adam(0.1), clip_norm=1.0, noise_multiplier=1.0,
+        expected_batch_size=1,
+    )  # fmt: skip
+    ours, theirs = [(trees.map(torch.clone, large), step.init(large, pegrad.random.key(0))) for _ in range(2)]
+    compiled = pegrad.compile(step, *theirs, torch.ones(2, 1), backend="eager, aot_eager", donate=True)
+    made.clear()
+    given, wanted = compiled(*theirs, torch.ones(2, 1)), step(*ours, torch.ones(2, 1))
+    assert_same_bits(given, wanted)
+    assert len(made) == 2  # what is left of each leaf's last block, and nothing compiled
+
+
+def test_noise_of_a_part_is_no_whole_block():
+    """Catches: a shard's noise taken from where another's begins."""
+    noise = blocks._Noise(0, 2**19 + 10, 2**17, 2**19 + 10, torch.float32, torch.device("cpu"))
+    assert not noise.is_whole(0, 2**17)
+    assert noise.is_whole(2**17, 2**17 + 2**18)
+    assert not noise.is_whole(2**17, 2**17 + 2**18 - 2)
+    assert noise.is_whole(2**19 - 2**17, 2**19 - 2**17 + 10)
 
 
 @pytest.mark.parametrize("at_once", [True, False])

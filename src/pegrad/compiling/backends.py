@@ -46,12 +46,19 @@ class Backend(NamedTuple):
             compile_graph = compiler(self.name)
         except Exception as error:
             raise ArgumentError(f"Expected backend to be known to torch.compile, got {self.name!r}") from error
-        try:
-            with _settings(self), torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch's, of its own doings
-                return compile_graph(graph, list(tensors))
-        except Exception as error:
-            raise CompileError(f"Backend {self} cannot compile the graph: {type(error).__name__} (above)") from error
+
+        def compile(graph: GraphModule, tensors: Sequence[Tensor]) -> Runs:
+            try:
+                with _settings(self), torch.no_grad(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # PyTorch's, of its own doings
+                    return compile_graph(graph, list(tensors))
+            except Exception as error:
+                raise CompileError(
+                    f"Backend {self} cannot compile the graph: {type(error).__name__} (above)"
+                ) from error
+
+        blocks = by_blocks(graph, compile)
+        return compile(graph, tensors) if blocks is graph else blocks
 
 
 _PATTERNS = "pattern_matcher"  # breaks graphs with attention on a CPU

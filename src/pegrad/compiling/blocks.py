@@ -6,8 +6,8 @@ largest leaf. Whether what the graph takes for granted holds is known before tha
 The numbers are the same.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
-from operator import add
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,18 +17,26 @@ from torch.fx import Graph, GraphModule, Node
 from pegrad import torch_internals
 from pegrad.compiling.nodes import LOOK, STAGE, Look, written_by
 from pegrad.compiling.order import before
-from pegrad.random.aes import BLOCK
+from pegrad.compiling.pairs import Compile, Kernels, Pairs
+from pegrad.random.aes import BLOCK as AES_BLOCK
 from pegrad.torch_internals import Operation, unsafe_view
+
+BLOCK = AES_BLOCK
+"""Numbers of a leaf that are made at a time."""
 
 _LARGE = 1 << 14  # a leaf of fewer numbers is not worth it
 
 
-def by_blocks(graph: GraphModule) -> GraphModule:
+def by_blocks(graph: GraphModule, compile: Compile | None = None) -> GraphModule:
     """Return a graph that gives the same, what writes over a leaf after the first stage done block by block.
 
     On a CPU: an accelerator takes as long over a few numbers as over many.
+
+    Args:
+        graph: a recorded one, or a stage of it.
+        compile: makes the kernels of a block; None: its operations run one by one.
     """
-    writer = _Writer(graph.graph)
+    writer = _Writer(graph.graph, compile)
     return GraphModule(writer.root, writer.graph) if writer.runs else graph
 
 
@@ -43,7 +51,9 @@ class _Writer:
         runs: how many those are.
     """
 
-    def __init__(self, old: Graph) -> None:
+    def __init__(self, old: Graph, compile: Compile | None) -> None:
+        self._compile = compile
+        self._kernels: Kernels = {}
         self.graph = Graph()
         self.root = nn.Module()
         self.runs = 0
@@ -64,8 +74,13 @@ class _Writer:
         self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
 
     def _flush(self) -> None:
-        """Write the run: as it is, if it does more than to write over leaves."""
+        """Write the run, leaf by leaf."""
         run, self._run = [*self._run], {}
+        for part in _apart(run):
+            self._write(part)
+
+    def _write(self, run: list[Node]) -> None:
+        """Write operations as a module, or as they are, if they do more than to write over leaves."""
         renewals = [_Renewal.of(node) for node in run if any(_whole(given) not in run for given in written_by(node))]
         conditions = {renewal.condition for renewal in renewals if renewal}
         if any(user not in run for node in run for user in node.users) or None in renewals or len(conditions) != 1:
@@ -75,8 +90,29 @@ class _Writer:
         inputs = list(dict.fromkeys(i for node in run for i in node.all_input_nodes if i not in run))
         name = f"blocks_{self.runs}"
         self.runs += 1
-        self.root.add_module(name, _Blocks(run, cast(list[_Renewal], renewals), inputs))
+        blocks = _Blocks(run, cast(list[_Renewal], renewals), inputs)
+        if self._compile:
+            blocks.compile_by(self._compile, self._kernels)
+        self.root.add_module(name, blocks)
         self.graph.call_module(name, tuple(self._copies[node] for node in (*conditions, *inputs)))
+
+
+def _apart(run: list[Node]) -> list[list[Node]]:
+    """Part operations of one kind that have no tensor of a leaf's size in common."""
+    of: dict[Node, list[Node]] = {}
+    for node in run:
+        met = [_whole(given) for given in node.all_input_nodes if _is_leaf(given, _count(node))]
+        together = list({id(of[other]): of[other] for other in met if other in of}.values()) or [[]]
+        first, *others = together
+        for part in others:
+            first += part
+        first.append(node)
+        of.update(dict.fromkeys([*first, *met], first))
+        for other, part in of.items():
+            if any(part is one for one in others):
+                of[other] = first
+    parts = {id(part): part for part in (of[node] for node in run)}.values()
+    return [sorted(part, key=run.index) for part in parts]
 
 
 class _Renewal(NamedTuple):
@@ -115,12 +151,18 @@ class _Blocks(nn.Module):
     def __init__(self, run: list[Node], renewals: list[_Renewal], inputs: list[Node]) -> None:
         super().__init__()
         count = _count(run[0])
+        self._noises = [_Noise.of(node, inputs) for node in run if node.target is _NORMAL]
         self._in_blocks = [_is_leaf(node, count) for node in inputs]
         self._renewed = [inputs.index(renewal.old) for renewal in renewals]
-        starts = [cast(int, node.args[2]) for node in run if node.target is _NORMAL]
-        first = -starts[0] % BLOCK if starts else 0  # or each block of noise were made twice
+        first = -self._noises[0].start % BLOCK if self._noises else 0  # or each block of noise were made twice
         self._bounds = sorted({0, *range(first, count, BLOCK), count})
         self._block = GraphModule(nn.Module(), _of_a_block(run, renewals, inputs))
+        self._pairs: Pairs | None = None
+
+    def compile_by(self, compile: Compile, kernels: Kernels) -> None:
+        """Have whole blocks made by kernels that are compiled when they are first wanted, if noise is drawn once."""
+        if len(self._noises) == 1:
+            self._pairs = Pairs(self._block, self._in_blocks, self._noises[0].dtype, compile, kernels)
 
     def forward(self, condition: Tensor, *inputs: Tensor) -> None:
         """Run, if a condition holds."""
@@ -129,30 +171,56 @@ class _Blocks(nn.Module):
         flat = [t.reshape(-1) if cut else t for t, cut in zip(inputs, self._in_blocks, strict=True)]
         for begin, end in pairwise(self._bounds):
             parts = [t[begin:end] if cut else t for t, cut in zip(flat, self._in_blocks, strict=True)]
-            self._block(begin, end, *parts)
+            if self._pairs and self._noises[0].is_whole(begin, end):
+                noise = self._noises[0]
+                self._pairs(bytes(inputs[noise.key].tolist()), noise.numel, noise.start + begin, parts)
+            else:
+                self._block(*(noise.drawn(inputs, begin, end) for noise in self._noises), *parts)
         for index in self._renewed:
             if not inputs[index].is_contiguous():
                 inputs[index].copy_(flat[index].view_as(inputs[index]))
 
 
+class _Noise(NamedTuple):
+    """Noise that is drawn for a leaf, as `pegrad::aes_normal` is asked for it."""
+
+    key: int
+    """Which of the inputs it is drawn from."""
+    numel: int
+    start: int
+    stop: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, node: Node, inputs: list[Node]) -> "_Noise":
+        """Read an operation that draws."""
+        key, *how = node.args
+        return cls(inputs.index(cast(Node, key)), *cast(list[Any], how))
+
+    def drawn(self, inputs: Sequence[Tensor], begin: int, end: int) -> Tensor:
+        """Draw that of some of the leaf's numbers."""
+        return _NORMAL(inputs[self.key], self.numel, self.start + begin, self.start + end, self.dtype, self.device)
+
+    def is_whole(self, begin: int, end: int) -> bool:
+        """Tell whether some of the leaf's numbers are those of one block of the cipher's, and all of it."""
+        first = self.start + begin
+        return first % AES_BLOCK == 0 and end - begin == min(AES_BLOCK, self.numel - first)
+
+
 def _of_a_block(run: list[Node], renewals: list[_Renewal], inputs: list[Node]) -> Graph:
-    """Return a graph that takes the first number of a block, one after its last, and inputs."""
+    """Return a graph that takes noise, if there is any, and inputs."""
     graph = Graph()
-    begin, end = graph.placeholder("begin"), graph.placeholder("end")
-    copies = {node: graph.placeholder(node.name) for node in inputs}
+    copies = {node: graph.placeholder(node.name) for node in [n for n in run if n.target is _NORMAL] + inputs}
     chosen = {renewal.chosen: renewal.new for renewal in renewals}
     in_place = {renewal.new: operation for renewal in renewals if (operation := _in_place(renewal, run))}
     done = {renewal.written for renewal in renewals if renewal.new in in_place}
     for node in run:
-        if node.target is _NORMAL:
-            key, numel, start, _, *how = node.args
-            part = [graph.call_function(add, (start, bound)) for bound in (begin, end)]
-            copies[node] = graph.call_function(_NORMAL, (copies[cast(Node, key)], numel, *part, *how))
-        elif node in chosen:
+        if node in chosen:
             copies[node] = copies[chosen[node]]
         elif node.target in _SHAPING:
             copies[node] = copies[cast(Node, node.args[0])]
-        elif node not in done:
+        elif node not in done and node.target is not _NORMAL:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].target = in_place.get(node, node.target)
     graph.output(())

@@ -181,8 +181,8 @@ class _Recorder(TorchDispatchMode):
     def _note(self, result: Any, node: Node) -> None:
         """Note what an operation returned; if that is one of its arguments, it is noted already."""
         if isinstance(result, Tensor):
-            self._nodes.setdefault(result, node)
-            node.meta[LOOK] = Look.of(result)
+            for one in (node, self._nodes.setdefault(result, node)):  # which `squeeze_` may have given another shape
+                one.meta[LOOK] = Look.of(result)
         elif isinstance(result, tuple | list):
             for index, one in enumerate(result):
                 if isinstance(one, Tensor):

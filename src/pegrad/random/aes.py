@@ -26,6 +26,9 @@ def keystream(derived: bytes, position: int = 0) -> CipherContext:
     return Cipher(algorithms.AES(derived), modes.CTR((position // 16).to_bytes(16, "big"))).encryptor()
 
 
+_AT_ONCE = 1 << 16  # bytes: the zeros that are encrypted stay in the innermost caches
+
+
 class Room:
     """Room for bytes of a keystream, taken again and again: new memory may cost as much as the cipher does.
 
@@ -34,13 +37,15 @@ class Room:
     """
 
     def __init__(self, size: int) -> None:
-        self._zeros = memoryview(bytes(size))
+        self._zeros = memoryview(bytes(min(size, _AT_ONCE)))
         # cryptography before 43 asks for room for one block more than it writes.
         self._buffer = memoryview(bytearray(size + 15))
 
     def taken(self, stream: CipherContext, size: int) -> Tensor:
         """Take the next `size` bytes of a keystream, `uint8`: overwritten by those that are taken after them."""
-        stream.update_into(self._zeros[:size], self._buffer[: size + 15])
+        for start in range(0, size, _AT_ONCE):
+            count = min(_AT_ONCE, size - start)
+            stream.update_into(self._zeros[:count], self._buffer[start : start + count + 15])
         return torch.from_numpy(np.frombuffer(self._buffer, np.uint8, size))
 
 
@@ -77,7 +82,7 @@ def normals(derived: bytes, numel: int, start: int, stop: int, dtype: torch.dtyp
     """
     precision = precision_of(dtype)
     first = start // BLOCK
-    of_a_block = BLOCK // 2 * (torch.int64.itemsize + precision.word.itemsize)
+    of_a_block = _bytes(BLOCK, precision)
     stream, room = keystream(derived, first * of_a_block), _kept_room(of_a_block)
     out = torch.empty(stop - start, dtype=precision.compute, device=device)
     for begin in range(first * BLOCK, stop, BLOCK):
@@ -92,12 +97,38 @@ def normals(derived: bytes, numel: int, start: int, stop: int, dtype: torch.dtyp
     return out.to(dtype)
 
 
+def words_of_block(derived: bytes, numel: int, begin: int, precision: Precision) -> tuple[Tensor, Tensor]:
+    """Take what a block of `numel` standard normals is made of: `box_muller`'s integers, of radii and of angles.
+
+    The block's first half are the pairs' r·cos θ, its second half their r·sin θ.
+
+    Args:
+        derived: see `normals`.
+        numel: how many numbers the whole has.
+        begin: the block's first number, a multiple of 2^18.
+        precision: of the numbers.
+
+    Returns:
+        Two tensors, half as long as the block, rounded up: on the CPU, and good until this thread next draws.
+    """
+    of_a_block = _bytes(BLOCK, precision)
+    stream, numbers = keystream(derived, begin // BLOCK * of_a_block), min(BLOCK, numel - begin)
+    return _next_words(stream, _kept_room(of_a_block), numbers, precision)
+
+
+def _bytes(numbers: int, precision: Precision) -> int:
+    return (numbers + 1) // 2 * (torch.int64.itemsize + precision.word.itemsize)
+
+
+def _next_words(stream: CipherContext, room: Room, numbers: int, precision: Precision) -> tuple[Tensor, Tensor]:
+    taken = room.taken(stream, _bytes(numbers, precision))
+    radii = (numbers + 1) // 2 * torch.int64.itemsize
+    return taken[:radii].view(torch.int64), taken[radii:].view(precision.word)
+
+
 def _fill(stream: CipherContext, room: Room, precision: Precision, out: Tensor) -> None:
     """Fill a flat tensor with normals of the next words."""
-    pairs = (out.numel() + 1) // 2
-    radii, angles = pairs * torch.int64.itemsize, pairs * precision.word.itemsize
-    taken = room.taken(stream, radii + angles)
-    radius_words, angle_words = taken[:radii].view(torch.int64), taken[radii:].view(precision.word)
+    radius_words, angle_words = _next_words(stream, room, out.numel(), precision)
     fill(out, radius_words.to(out.device), angle_words.to(out.device), precision)
 
 
