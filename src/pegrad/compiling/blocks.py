@@ -3,7 +3,7 @@
 Optimizers work number by number. So where the new numbers are written over the old ones, all operations can run on one
 block before they run on the next: what they make on the way takes the memory of a block, not of several times the
 largest leaf. Whether what the graph takes for granted holds is known before that, so nothing is made to be thrown away.
-The numbers are the same.
+The numbers are the same. A compiler can make one kernel of all that is done to a block: `pegrad.compiling.pairs`.
 """
 
 from collections.abc import Sequence
