@@ -309,6 +309,9 @@ OPTIMIZERS = {
     "partition": lambda: optim.partition(
         {"a": optim.adam(optim.linear_decay(1e-2, 4)), "b": optim.sgd(0.1)}, {"conv": "a", "w": "b"}
     ),
+    "momenta": lambda: optim.partition(
+        {"a": optim.sgd(0.1, momentum=0.9), "b": optim.sgd(0.1, momentum=0.5)}, {"conv": "a", "w": "b"}
+    ),
     "one's own, in Python": lambda: (
         lambda p: 1,
         lambda g, n, p: (trees.map(lambda leaf: leaf * (-0.1 / n if n > 1 else -0.2), g), n + 1),
@@ -506,6 +509,7 @@ def test_noise_of_a_part_is_no_whole_block():
     """Catches: a shard's noise taken from where another's begins."""
     noise = blocks._Noise(0, 2**19 + 10, 2**17, 2**19 + 10, torch.float32, torch.device("cpu"))
     assert not noise.is_whole(0, 2**17)
+    assert not noise.is_whole(0, 2**18)
     assert noise.is_whole(2**17, 2**17 + 2**18)
     assert not noise.is_whole(2**17, 2**17 + 2**18 - 2)
     assert noise.is_whole(2**19 - 2**17, 2**19 - 2**17 + 10)

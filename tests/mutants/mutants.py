@@ -2395,7 +2395,7 @@ MUTANTS = [
         "compiling/pairs.py",
         "key = self._name, size,",
         "key = size,",
-        "test_compiling.py -k blocks_are_compiled_gives and partition",
+        "test_compiling.py -k blocks_are_compiled_gives and momenta",
         "one leaf's kernel is run on another, which has another optimizer",
     ),
     Mutant(
