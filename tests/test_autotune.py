@@ -37,7 +37,7 @@ def backends(monkeypatch):
 
 def slow(graph, tensors):
     """Compile a graph to one that takes long if it has a batched product in it."""
-    takes = 0.02 if any(node.target is BMM for node in graph.graph.nodes) else 0.0
+    takes = 0.2 if any(node.target is BMM for node in graph.graph.nodes) else 0.0
 
     def run(*tensors):
         time.sleep(takes)
@@ -51,17 +51,17 @@ def test_kernels_are_measured_as_the_backend_makes_them(args, backends):
     plain = pegrad.autotune(loss, *args)
     tuned = pegrad.autotune(loss, *args, backend=backends("slow", slow))
     assert {*plain.timings} == {*tuned.timings}
-    batched = {name for name in tuned.timings if tuned.timings[name] > 0.02e9}
+    batched = {name for name in tuned.timings if tuned.timings[name] > 0.2e9}
     assert batched
     assert all(not name.endswith("native") for name in batched)
-    assert {name for name in plain.timings if plain.timings[name] > 0.02e9} == set()
+    assert {name for name in plain.timings if plain.timings[name] > 0.2e9} == set()
 
 
 def test_compiling_is_not_measured(args, backends):
     """Catches: that of a backend which compiles when a graph first runs."""
 
     def lazy(graph, tensors):
-        waits = [0.02]
+        waits = [0.2]
 
         def run(*tensors):
             time.sleep(waits.pop() if waits else 0.0)
@@ -70,7 +70,7 @@ def test_compiling_is_not_measured(args, backends):
         return run
 
     tuned = pegrad.autotune(loss, *args, backend=backends("lazy", lazy), repeats=1)
-    assert max(tuned.timings.values()) < 0.02e9
+    assert max(tuned.timings.values()) < 0.2e9
 
 
 def test_what_it_returns_chooses_by_that(args):

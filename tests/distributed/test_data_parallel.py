@@ -708,9 +708,7 @@ def test_a_rank_that_dies_ends_the_others_and_nothing_is_half_applied(tmp_path):
     assert isinstance(error, RuntimeError)
     assert unchanged
     assert seconds < 20
-    ended, dead = (process.exitcode for process in processes)
-    assert dead == 7
-    assert ended is not None  # gloo's threads may abort the process at its end: they had a rank to talk to
+    assert [process.exitcode for process in processes] == [0, 7]
 
 
 def dying(rank, meeting, answers):
@@ -736,6 +734,7 @@ def dying(rank, meeting, answers):
         except Exception as error:
             unchanged = same_bits((params, state.optimizer), (before[0], before[1].optimizer)) and state.step == 1
             answers.put((error, unchanged, time.perf_counter() - start))
+            os._exit(0)  # an ordinary end may be an abort: gloo's threads had a rank to talk to
 
 
 @pytest.mark.slow
