@@ -19,9 +19,8 @@ One example moves a sum of B clipped gradients by at most the bound of one. The 
 up to B · 2^-24 of that bound: 1.5e-5 for 256 rows, 6% for a million.
 """
 
-# `vector_norm` and products add naively, in 8 sums at once or in 2: over so many equal numbers they are off by 1e-6.
-_SEGMENT = 1 << 9
-_PRODUCT_SEGMENT = 1 << 11  # or, as each call takes its time, by 4e-6
+_SEGMENT = 1 << 9  # `vector_norm` adds naively: over this many numbers it is off by less than 1e-6
+_PRODUCT_SEGMENT = 1 << 11  # so do products, a call for each: over this many they are off by less than 4e-6
 FEW = 32  # rows that a float32 contraction adds before it starts anew, for the same reason
 _TINY = 2.0**-63  # the square of less than this is lost in float32
 

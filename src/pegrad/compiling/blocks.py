@@ -169,11 +169,11 @@ class _Blocks(nn.Module):
         if not condition:
             return
         flat = [t.reshape(-1) if cut else t for t, cut in zip(inputs, self._in_blocks, strict=True)]
+        keys = [bytes(inputs[noise.key].tolist()) for noise in self._noises]
         for begin, end in pairwise(self._bounds):
             parts = [t[begin:end] if cut else t for t, cut in zip(flat, self._in_blocks, strict=True)]
             if self._pairs and self._noises[0].is_whole(begin, end):
-                noise = self._noises[0]
-                self._pairs(bytes(inputs[noise.key].tolist()), noise.numel, noise.start + begin, parts)
+                self._pairs(keys[0], self._noises[0].numel, self._noises[0].start + begin, parts)
             else:
                 self._block(*(noise.drawn(inputs, begin, end) for noise in self._noises), *parts)
         for index in self._renewed:

@@ -43,7 +43,7 @@ class Pairs:
         self._precision = precision_of(dtype)
         self._compile = compile
         self._kernels = kernels
-        self._name = tuple(_name(node) for node in body.graph.nodes)
+        self._name = _name(body.graph)
 
     def __call__(self, derived: bytes, numel: int, begin: int, parts: Sequence[Tensor]) -> None:
         """Run.
@@ -93,12 +93,12 @@ class Pairs:
         return self._kernels[key]
 
 
-def _name(node: Node) -> Hashable:
-    """Tell a node of a graph from others by what it does, to which nodes before it."""
-    places = {other: place for place, other in enumerate(node.graph.nodes)}
+def _name(graph: Graph) -> Hashable:
+    """Tell a graph from others by what its nodes do, to which nodes before them."""
+    places = {node: f"node {place}" for place, node in enumerate(graph.nodes)}
 
-    def place(argument: Node) -> str:
-        return f"node {places[argument]}"
+    def name(node: Node) -> Hashable:
+        arguments = torch.fx.node.map_arg((node.args, node.kwargs), places.__getitem__)
+        return node.op, "" if node.op == "placeholder" else str(node.target), repr(arguments)
 
-    arguments = torch.fx.node.map_arg((node.args, node.kwargs), place)
-    return node.op, str(node.target) if node.op != "placeholder" else "", repr(arguments)
+    return tuple(map(name, graph.nodes))
