@@ -58,8 +58,10 @@ def nothing(params: PyTree) -> Sums:
         LeafError: a leaf of `params` is no floating-point tensor.
     """
     leaves, spec = trees.flatten_params(params)
-    zeros = [leaf.detach().new_zeros((), dtype=accumulator(leaf.dtype)).expand(leaf.shape) for leaf in leaves]
-    return Sums(trees.unflatten(spec, zeros), tuple(leaf.dtype for leaf in leaves), 0, 0)
+    kinds = [(leaf.device, accumulator(leaf.dtype)) for leaf in leaves]
+    zeros = {kind: torch.zeros((), device=kind[0], dtype=kind[1]) for kind in dict.fromkeys(kinds)}
+    empty = [zeros[kind].expand(leaf.shape) for kind, leaf in zip(kinds, leaves, strict=True)]
+    return Sums(trees.unflatten(spec, empty), tuple(leaf.dtype for leaf in leaves), 0, 0)
 
 
 def extended(sums: Sums, params: Leaves, leaves: Leaves, rows: int) -> Sums:

@@ -4,7 +4,9 @@ What the rounding of it amounts to, and why, is in `docs/rounding.md`.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -29,6 +31,11 @@ def accumulator(dtype: torch.dtype, rows: int = 1) -> torch.dtype:
     """Return the dtype in which a sum over so many rows of that dtype is kept: at least float32."""
     if rows > FLOAT32_ROWS:
         return torch.float64
+    return _at_least_float32(dtype)
+
+
+@cache
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -89,15 +96,13 @@ def contract(weights: Tensor, rows: Tensor, bad: Tensor | None, dtype: torch.dty
     Returns:
         A tensor of the shape of a row.
     """
-    numbers = rows[0].numel()
-    step = max(1, BLOCK // max(1, numbers)) if dtype == torch.float64 else FEW
-    weights = weights.to(dtype)
+    step = max(1, BLOCK // max(1, rows.shape[1:].numel())) if dtype == torch.float64 else FEW
     total: Tensor | None = None
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        part = part.reshape(len(part), -1).to(dtype)
-        part = part if bad is None else part.masked_fill(bad[start : start + step, None], 0)
-        summed = weights[start : start + step] @ part
+    for some, part, out in zip(
+        weights.to(dtype).split(step), rows.split(step), repeat(None) if bad is None else bad.split(step), strict=False
+    ):
+        part = part.reshape(part.shape[0], -1).to(dtype)
+        summed = some @ (part if out is None else part.masked_fill(out[:, None], 0))
         total = summed if total is None else total + summed
     assert total is not None, "a batch has at least one row"
     return total.reshape(rows.shape[1:])
@@ -139,14 +144,22 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager[None]:
     """Run a block with float32 products that are float32: no TF32, no bfloat16 in their place."""
+    lowered = torch.get_float32_matmul_precision() != "highest" or _tf32_in_cudnn()
+    return _raised_precision() if lowered else nullcontext()
+
+
+@contextmanager
+def _raised_precision() -> Iterator[None]:
     with ExitStack() as settings:
-        if torch.get_float32_matmul_precision() != "highest":
-            settings.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
+        settings.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
         cudnn = torch.backends.cudnn
-        if torch.cuda.is_initialized() and cudnn.allow_tf32:
+        if _tf32_in_cudnn():
             settings.enter_context(cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, False, False))
         yield
+
+
+def _tf32_in_cudnn() -> bool:
+    return torch.cuda.is_initialized() and torch.backends.cudnn.allow_tf32

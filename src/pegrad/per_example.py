@@ -259,8 +259,9 @@ class ClippedGrad:
             LossError: the loss is no scalar function of one example.
             ArgumentError, LeafError: the clipping does not fit the parameters.
         """
-        sums, *values = self.add(self.init(params), params, batch, mask)
-        return Clipped(self.finish(sums), *values)
+        call = Call.of(self.loss, params, batch, mask)
+        leaves, *values = self._of(call, params)
+        return Clipped(trees.unflatten(call.params, leaves), *values)
 
     def init(self, params: PyTree) -> Sums:
         """Begin a sum over a batch that arrives micro-batch by micro-batch.
@@ -290,6 +291,15 @@ class ClippedGrad:
             LeafError, LossError: as a call on a whole batch; or the sums are of other parameters.
         """
         call = Call.of(self.loss, params, batch, mask)
+        leaves, *values = self._of(call, params)
+        return Added(extended(sums, call.problem.params, leaves, call.size), *values)
+
+    def finish(self, sums: Sums) -> PyTree:
+        """Return the sum of all clipped gradients that were added, over `normalize_by`: what `Clipped.grads` is."""
+        return total(sums)
+
+    def _of(self, call: Call, params: PyTree) -> tuple[Leaves, Tensor, Tensor, PyTree, Tensor]:
+        """Return the sum for each leaf, and what is beside it in a `Clipped`."""
         grouping = grouping_of(self.clipping, params)
         parts = _Accumulator(call)
         squares, values = [], []
@@ -301,17 +311,8 @@ class ClippedGrad:
             values.append(value)
         norms = _norms(call, squares)
         non_finite = call.rows([~torch.isfinite(norms).all(1) for norms in squares]).sum()
-        return Added(
-            extended(sums, call.problem.params, parts.total(), call.size),
-            call.losses(values),
-            norms[0] if grouping.names is None else norms,
-            call.aux(values),
-            non_finite,
-        )
-
-    def finish(self, sums: Sums) -> PyTree:
-        """Return the sum of all clipped gradients that were added, over `normalize_by`: what `Clipped.grads` is."""
-        return total(sums)
+        norms = norms[0] if grouping.names is None else norms
+        return parts.total(), call.losses(values), norms, call.aux(values), non_finite
 
 
 class _Accumulator:

@@ -196,7 +196,7 @@ MUTANTS = [
     # Clipping by groups, inside the backward pass
     Mutant(
         "reductions/norms.py",
-        "if self._awaited[together] == 1:",
+        "if self._awaited[together] == len(self._small[together]) + 1:",
         "if self._awaited[together] >= 1:",
         "test_clipping_kinds.py -k in_turns and convolution and book_keeping",
         "a leaf is weighed before the norms of the others of its group are known",
@@ -360,7 +360,7 @@ MUTANTS = [
     ),
     Mutant(
         "reductions/native.py",
-        "self.g.dtype) + lacking * (1 + inputs + outputs)",
+        "self.g.dtype) + lengths.sum(0).add_(1).mul_(lacking)",
         "self.g.dtype)",
         "test_sensitivity.py::test_no_hostile_example_moves_the_sum_further -k vanish and ghost",
         "products too small for float32 make a norm of zero",
@@ -601,8 +601,8 @@ MUTANTS = [
     ),
     Mutant(
         "rules/gram.py",
-        "products[:, stop - start :] *= 2",
-        "products[:, stop - start :] *= 1",
+        "norms.add_(by_row[:, stop - start :].sum(1), alpha=2)",
+        "norms.add_(by_row[:, stop - start :].sum(1), alpha=1)",
         "test_rules.py -k blocked_and_unblocked",
         "norms over many positions count half of the pairs",
     ),
@@ -622,8 +622,8 @@ MUTANTS = [
     ),
     Mutant(
         "rules/gram.py",
-        "found.inputs.add_(inputs.sum(1))",
-        "found.inputs.add_(inputs.amax(1))",
+        "*lengths.sum(2)",
+        "*lengths.amax(2)",
         "test_rules.py -k blocked_and_unblocked",
         "rounding errors of Gram norms are taken for too small",
     ),
@@ -727,8 +727,8 @@ MUTANTS = [
     ),
     Mutant(
         "rules/conv/norms.py",
-        "note_diagonals(found, products, weights, block.start * prod(output[1:]))",
-        "note_diagonals(found, products, weights)",
+        "diagonals_of(products, weights, block.start * prod(output[1:]))",
+        "diagonals_of(products, weights)",
         "test_rules.py -k blocked_and_unblocked",
         "rounding errors of convolutions' norms are taken for too small",
     ),

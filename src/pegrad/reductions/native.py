@@ -15,7 +15,6 @@ from pegrad.numerics import BLOCK, FEW, norm_bounds, squared_norms, take_rows, z
 from pegrad.plan.candidates import Candidate
 from pegrad.plan.parts import Outer, Part, inner
 from pegrad.reductions import rounding
-from pegrad.rules.gram import Squares
 from pegrad.rules.site import Kernel, Site
 
 _ROWS = 512  # of one product
@@ -152,14 +151,14 @@ class Magnitudes:
         Returns:
             The squared norms, their errors, and those of the rows' shares: `(B,)`, float64.
         """
-        found = Squares(*torch.stack(kernel.run(self.x, self.g)).double().unbind())
+        found = torch.stack(kernel.run(self.x, self.g)).double()
+        norms, terms, *_ = found.unbind()
         # Products that are too small for the dtype are lacking in a Gram matrix, on its diagonal as well.
         numbers = _MANY * (self.x.numel() + self.g.numel()) // batch
         lacking = torch.finfo(self.g.dtype).tiny * numbers
-        inputs, outputs = (part.clamp(min=0) * (1 + 1e-4) + lacking for part in (found.inputs, found.outputs))
-        errors = rounding.gram_error(found.terms, positions, self.g.dtype) + lacking * (1 + inputs + outputs)
-        amplitude = (inputs * outputs).sqrt()
-        return found.norms, errors, rounding.sum_error(amplitude, self.positions, self.g.dtype)
+        lengths = (found[2:].clamp(min=0) * (1 + 1e-4)).add_(lacking)  # of inputs and outputs
+        errors = rounding.gram_error(terms, positions, self.g.dtype) + lengths.sum(0).add_(1).mul_(lacking)
+        return norms, errors, rounding.sum_error(lengths.prod(0).sqrt_(), self.positions, self.g.dtype)
 
 
 def guarded_norms(choice: Candidate, parts: Sequence[Part], batch: int, floor: Number) -> tuple[Tensor, list[Tensor]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pegrad.assumptions import any_row, unrecorded
 from pegrad.clipping import Grouping, Unclipped, Weights
-from pegrad.numerics import accumulator, squared_norms
+from pegrad.numerics import BLOCK, accumulator, squared_norms
 from pegrad.plan.candidates import Candidate, stack_kernel
 from pegrad.plan.parts import Part
 from pegrad.plan.plan import Choose, Group, Plan, shaped
@@ -173,6 +173,7 @@ class Norms(Grouped):
         self.measured(together, squares, partial(native.totals, parts, dtype=dtype))
 
 
+_SMALL = 1 << 12  # numbers of a leaf of which an operation takes longer to begin than to run
 _PROBES = 4
 _NOISE = 8.0  # what the probes show of it, and a margin
 
@@ -185,7 +186,8 @@ class KeptSums(Norms):
     """Norms, and the weighted sum of each clipping group as soon as the last of its norms is known.
 
     What was kept for a group is let go then. With one group that is at the end of the backward pass; with a group for
-    every layer it is layer by layer, and next to nothing is kept.
+    every layer it is layer by layer, and next to nothing is kept. Rows of small leaves are kept side by side: one norm
+    and one product for all.
 
     Args:
         trace: see `Norms`.
@@ -199,6 +201,10 @@ class KeptSums(Norms):
         self._mask = problem.mask
         self._sums = LeafSums(trace, self.plan.uses, self.rows)
         self._finish: list[list[Finish]] = [[] for _ in grouping.weightings]
+        self._small: list[list[tuple[Tensor, Tensor]]] = [[] for _ in grouping.weightings]
+        """For each clipping group rows `(B, *source.shape)`, by source, that are entered but not measured."""
+        self._numbers = [0] * len(grouping.weightings)
+        """How many numbers those have."""
         self._awaited = [0] * len(grouping.weightings)
         for group in self.plan.groups:
             if group.way != "stacked":
@@ -206,26 +212,66 @@ class KeptSums(Norms):
         for leaf, uses in enumerate(self.plan.stacked):
             self._awaited[grouping.of[leaf]] += uses > 0
 
+    def squared_norms(self) -> Tensor:
+        """See `Norms.squared_norms`."""
+        self._measure_small()
+        return super().squared_norms()
+
     def total(self) -> Leaves:
         """Return the weighted sum for each leaf, once all is entered."""
+        self._measure_small()
         for together, waiting in enumerate(self._finish):
             if waiting:  # the loss does not depend on all of the group's leaves after all
                 self._sum(together)
         return self._sums.leaves()
 
-    def measured(self, together: int, squares: Tensor, finish: Finish) -> None:
-        """See `Norms.measured`."""
+    def measured(self, together: int, squares: Tensor, finish: Finish, groups: int = 1) -> None:
+        """See `Norms.measured`; of so many groups of uses."""
         super().measured(together, squares, finish)
         self._finish[together].append(finish)
-        self._awaited[together] -= 1
+        self._awaited[together] -= groups
         if not self._awaited[together]:
             self._sum(together)
+        elif self._awaited[together] == len(self._small[together]):
+            self._measure(together)
 
     def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
-        if self._awaited[together] == 1:
+        if self._awaited[together] == len(self._small[together]) + 1:
+            self._measure(together)
             self._enter_last(group, choice, parts, together)
             return
         self._enter_rows(together, group.source, stacked_pieces(choice.kernels, parts, self.batch))
+
+    def _enter_rows(self, together: int, source: Tensor, pieces: Sequence[Tensor]) -> None:
+        if len(pieces) > 1 or source.numel() > _SMALL:
+            super()._enter_rows(together, source, pieces)
+            return
+        (rows,), small = pieces, self._small[together]
+        if self._numbers[together] > BLOCK or (small and small[0][1].dtype != rows.dtype):
+            self._measure(together)
+        self._small[together].append((source, rows))
+        self._numbers[together] += rows.numel()
+        if self._awaited[together] == len(self._small[together]):
+            self._measure(together)
+
+    def _measure(self, together: int) -> None:
+        """Measure a clipping group's small leaves that have been entered, all in one."""
+        small, self._small[together], self._numbers[together] = self._small[together], [], 0
+        if not small:
+            return
+        sources = [source for source, _ in small]
+        rows = torch.cat([rows.reshape(len(rows), source.numel()) for source, rows in small], 1)
+        dtype = accumulator(rows.dtype, self.rows)
+
+        def finish(weights: Weights) -> list[tuple[Tensor, Tensor]]:
+            totals = weights.contract(rows, dtype).split([source.numel() for source in sources])
+            return [(s, total.reshape(s.shape).clone()) for s, total in zip(sources, totals, strict=True)]
+
+        self.measured(together, squared_norms(rows), finish, len(small))
+
+    def _measure_small(self) -> None:
+        for together in range(len(self._small)):
+            self._measure(together)
 
     def _enter_last(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
         """Enter the last uses of a clipping group: a weight is known with its norm, so few rows are kept."""

@@ -67,6 +67,7 @@ def mistrusted_sum(parts: Sequence[Number] | Tensor, terms: int, dtype: torch.dt
     Returns:
         A boolean; of tensors, a boolean scalar.
     """
-    error = 0.3 * unit_roundoff(dtype) * terms**0.5 * sum(part**2 for part in parts) ** 0.5
+    total = parts.norm() if isinstance(parts, Tensor) else sum(part**2 for part in parts) ** 0.5
+    error = 0.3 * unit_roundoff(dtype) * terms**0.5 * total
     trusted = error <= TOLERANCE * bound
     return ~trusted if isinstance(trusted, Tensor) else not trusted

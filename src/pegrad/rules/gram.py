@@ -1,7 +1,7 @@
 """Squared norms of sums of outer products, from Gram matrices."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ Gram = Callable[[Tensor, int, int], Tensor]
 def gram(rows: Tensor, start: int, stop: int) -> Tensor:
     """Make the columns from `start` to `stop` of a Gram matrix, from the diagonal's first row down: see `Gram`."""
     # The wider operand first: the other way round, a product of this shape takes half as long again.
-    return rows[:, start:] @ rows[:, start:stop].mT
+    return torch.bmm(rows[:, start:] if start else rows, rows[:, start:stop].mT)
 
 
 class SharedGram:
@@ -105,23 +105,32 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK, gram_of_g: Gram = gram) 
         inputs, outputs = (torch.linalg.vecdot(t, t).squeeze(1) for t in (x, g))
         return Squares(inputs * outputs, inputs * outputs, inputs, outputs)
     columns = max(1, min(_columns_by_symmetry(positions), block // (batch * positions)))
-    found = Squares(*x.new_zeros(4, batch))
+    norms, diagonals = x.new_zeros(batch), []
     for start in range(0, positions, columns):
         stop = min(start + columns, positions)
         products, weights = gram(x, start, stop), gram_of_g(g, start, stop)
-        note_diagonals(found, products, weights)
-        if stop < positions:
-            products[:, stop - start :] *= 2
-        found.norms.add_(products.mul_(weights).flatten(1).sum(1))
-    return found
+        diagonals.append(diagonals_of(products, weights))
+        by_row = products.mul_(weights).sum(2)
+        norms += by_row[:, : stop - start].sum(1)
+        if stop < positions:  # what lies below the square on the diagonal stands for what lies right of it too
+            norms.add_(by_row[:, stop - start :].sum(1), alpha=2)
+    return squares(norms, diagonals)
 
 
-def note_diagonals(found: Squares, products: Tensor, weights: Tensor, offset: int = 0) -> None:
-    """Add what the diagonals of two Gram matrices' blocks tell, which start `offset` off them."""
-    inputs, outputs = (block.diagonal(offset, dim1=1, dim2=2) for block in (products, weights))
-    found.terms.add_(torch.linalg.vecdot(inputs, outputs))
-    found.inputs.add_(inputs.sum(1))
-    found.outputs.add_(outputs.sum(1))
+def diagonals_of(products: Tensor, weights: Tensor, offset: int = 0) -> Tensor:
+    """Copy the diagonals of the blocks of two Gram matrices, which start `offset` off them: `(2, B, positions)`."""
+    return torch.stack([block.diagonal(offset, dim1=1, dim2=2) for block in (products, weights)])
+
+
+def squares(norms: Tensor, diagonals: Sequence[Tensor]) -> Squares:
+    """Tell what there is to tell from the squared norms, and from the diagonals of the input's and the output's matrix.
+
+    Args:
+        norms: `(B,)`.
+        diagonals: `(2, B, ·)`, a block of positions each.
+    """
+    lengths = diagonals[0] if len(diagonals) == 1 else torch.cat(list(diagonals), 2)
+    return Squares(norms, lengths.prod(0).sum(1), *lengths.sum(2).unbind())
 
 
 def _columns_by_symmetry(positions: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from pegrad.numerics import BLOCK
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.conv.kernels import by_channel, windows
-from pegrad.rules.gram import Squares, few_at_a_time, gram_norm, note_diagonals
+from pegrad.rules.gram import Squares, diagonals_of, few_at_a_time, gram_norm, squares
 
 
 def gram_unfolded(x: Tensor, g: Tensor, geometry: Geometry, images: int = 1) -> Squares:
@@ -59,7 +59,7 @@ def _gram_box(x: Tensor, g: Tensor, geometry: Geometry, images: int) -> Squares:
     size, output = padded.shape[2:], g.shape[2:]
     # (B * groups, channels / groups, N, *size)
     pixels, lines = (by_channel(t, images).unflatten(1, (groups, -1)).flatten(0, 1) for t in (padded, g))
-    found = Squares(*x.new_zeros(4, pixels.shape[0]))
+    norms, diagonals = x.new_zeros(pixels.shape[0]), []
     for image in range(images):
         later_pixels, later_lines = pixels[:, :, image:].flatten(2), lines[:, :, image:].flatten(2)
         for block in _row_blocks(geometry, pixels.shape[0] * (images - image), size, output):
@@ -71,10 +71,10 @@ def _gram_box(x: Tensor, g: Tensor, geometry: Geometry, images: int) -> Squares:
                 products = _filter(products, axis + 1, axis + 2 + nd, geometry, axis)
             weights = lines[:, :, image, block].flatten(2).mT @ later_lines
             products = products.reshape(weights.shape)
-            note_diagonals(found, products, weights, block.start * prod(output[1:]))
+            diagonals.append(diagonals_of(products, weights, block.start * prod(output[1:])))
             weights[:, :, prod(output) :] *= 2
-            found.norms.add_(products.mul_(weights).flatten(1).sum(1))
-    return found.over_groups(groups)
+            norms += products.mul_(weights).flatten(1).sum(1)
+    return squares(norms, diagonals).over_groups(groups)
 
 
 def _filter(products: Tensor, row: int, column: int, geometry: Geometry, axis: int) -> Tensor:
