@@ -863,6 +863,99 @@ def test_another_order_gives_the_same(update):
     assert_same_bits(tuple(recording.graph(*inputs, *recording.captured)[:2]), wanted)
 
 
+def _over_sums(x, y):
+    return ((x * y) + y) * y, 2
+
+
+def _over_one_of_two(x, y):
+    return (x * y) * (x + y) + y, 2
+
+
+def _over_an_activation(x, y):
+    return ATEN.threshold_backward(ATEN.gelu_backward(x * y, y), y, 0), 2
+
+
+def _over_an_input(x, y):
+    return (x + y).exp() + x, 1
+
+
+def _over_what_is_read_later(x, y):
+    product = x * y
+    return (product + y).exp() - product, 1
+
+
+def _over_what_a_view_is_of(x, y):
+    product = x * y
+    part = product.view(-1)[1:]
+    return (product + y).exp(), part.exp(), 0
+
+
+def _over_what_is_returned(x, y):
+    product = x * y
+    return product.sub_(1), product + y, 0
+
+
+def _over_another_shape(x, y):
+    return (x * y).sum(0) + y, (x * y)[:1] + y[:1], 0
+
+
+def _over_another_dtype(x, y):
+    return (x * y).float() + y, 0
+
+
+def _over_its_own_transpose(x, y):
+    product = x * y
+    return product + product.mT, 0
+
+
+def _over_other_strides(x, y):
+    return y + (x * y).mT, 0
+
+
+_REUSING = [
+    _over_sums,
+    _over_one_of_two,
+    _over_an_activation,
+    _over_an_input,
+    _over_what_is_read_later,
+    _over_what_a_view_is_of,
+    _over_what_is_returned,
+    _over_another_shape,
+    _over_another_dtype,
+    _over_its_own_transpose,
+    _over_other_strides,
+]
+
+
+@pytest.mark.parametrize("function", _REUSING, ids=lambda f: f.__name__)
+def test_results_are_written_over_what_nothing_reads_any_more(function):
+    """Catches: memory taken that is an input's, an output's, or read later, directly or through a view; none taken."""
+    inputs = r(3, 3), r(3, 3)
+    recording = record(lambda given: function(*given)[:-1], inputs)
+    wanted, given = function(*inputs), tuple(leaf.clone() for leaf in inputs)
+    assert_same_bits(tuple(recording.graph(*inputs, *recording.captured)[:-1]), wanted[:-1])
+    assert_same_bits(inputs, given)
+    over = [node for node in recording.graph.graph.nodes if node.kwargs.keys() & {"out", "grad_input"}]
+    assert len(over) == wanted[-1]
+
+
+def test_a_backward_pass_writes_over_gradients():
+    """Catches: a copy of every gradient on its way through an activation."""
+    deep = {f"w{i}": torch.randn(8, 8) for i in range(4)}
+
+    def loss(params, x):
+        for w in params.values():
+            x = (x @ w).relu() + x
+        return x.square().sum()
+
+    x = torch.randn(5, 8)
+    compiled = pegrad.compile(pegrad.clipped_grad(loss, clip_norm=1.0), deep, x, backend="eager")
+    (graph,) = compiled._graphs.values()
+    targets = [node.target for node in graph.recording.graph.graph.nodes]
+    assert ATEN.threshold_backward.grad_input in targets
+    assert ATEN.threshold_backward.default not in targets
+
+
 def test_what_is_no_step_keeps_its_order():
     """Catches: a backward pass in another order, which may keep more of it at a time."""
 

@@ -313,6 +313,55 @@ def test_stacked_gradients_are_not_kept_even_where_that_would_be_fastest():
     assert largest.numbers <= 2 * params.numel()  # stacked: 8 times
 
 
+def small_leaves(params, x):
+    for i in range(3):
+        x = F.layer_norm(F.linear(x, params[f"w{i}"], params[f"b{i}"]).to(params[f"scale{i}"].dtype), (4,)).sin()
+        x = (x * params[f"scale{i}"]).double()
+    return x.square().sum() + 0 * params["loose"].sum()
+
+
+@pytest.mark.parametrize("block", [1, 1 << 21])
+@pytest.mark.parametrize("clip_norm", [0.5, pegrad.clipping.PerLayer(0.5)], ids=["flat", "per layer"])
+def test_small_leaves_are_measured_together(block, clip_norm, monkeypatch):
+    """Catches: the rows of one taken for another's; one left out, or added twice; the groups of clipping mixed."""
+    monkeypatch.setattr("pegrad.reductions.norms.BLOCK", block)
+    params = {"loose": r(2)}
+    for i in range(3):
+        dtype = torch.float32 if i == 1 else torch.float64
+        params |= {f"w{i}": r(4, 4), f"b{i}": r(4), f"scale{i}": r(4).to(dtype)}
+    batch = r(6, 5, 4)
+    clipped = pegrad.clipped_grad(small_leaves, clip_norm=clip_norm)
+    out = clipped(params, batch)
+    grads = oracle.per_example_grads(small_leaves, params, batch)
+    if clip_norm == 0.5:
+        exact = oracle.clipped_sum(grads, 0.5)
+    else:
+        bound = 0.5 / len(clipped.groups(params)) ** 0.5
+        exact = [oracle.clipped_sum([grad], bound)[0] for grad in grads]
+    oracle.assert_close(out.grads, exact, 1e-5)
+    storages = {leaf.untyped_storage().data_ptr() for leaf in out.grads.values()}
+    assert len(storages) == len(params)  # a leaf's gradient is no part of all leaves'
+
+
+def test_what_makes_room_is_summed_first(monkeypatch):
+    """Catches: a sum as large as its leaf, made while what others keep is still there."""
+    order = []
+    add = pegrad.reductions.norms.LeafSums.add
+    monkeypatch.setattr(
+        pegrad.reductions.norms.LeafSums,
+        "add",
+        lambda sums, leaf, total: (order.append(leaf.numel()), add(sums, leaf, total)),
+    )
+    params = {"first": r(80, 60), "middle": r(80, 80), "last": r(90, 8)}
+
+    def loss(params, x):
+        x = F.linear(F.linear(x, params["first"]).tanh(), params["middle"]).tanh()
+        return F.linear(x.unflatten(0, (10, 8)), params["last"]).square().sum()
+
+    pegrad.clipped_grad(loss, clip_norm=1.0)(params, r(3, 60))
+    assert order == [90 * 8, 80 * 60, 80 * 80]
+
+
 def test_ghost_never_stacks_a_whole_batch(monkeypatch):
     """Catches: gradients that are stacked for the norms, and held as if the sum were to be taken from them."""
     monkeypatch.setattr("pegrad.reductions.native.BLOCK", 1 << 14)

@@ -8,8 +8,9 @@ from torch.fx import Node
 
 from pegrad.torch_internals import Operation, written
 
-STAGE, KIN, LOOK = "stage", "kin", "look"
-"""In a node's `meta`: the number of its stage; that it is one of several whose values are of one kind; its `Look`."""
+STAGE, KIN, LOOK, MEMORY = "stage", "kin", "look", "memory"
+"""In a node's `meta`: the number of its stage; that it is one of several whose values are of one kind; its `Look`; and
+the node that made the memory it lies in."""
 
 
 class Look(NamedTuple):
@@ -17,11 +18,13 @@ class Look(NamedTuple):
 
     shape: torch.Size
     device: str
+    dtype: torch.dtype
+    strides: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Look":
         """Look at a tensor."""
-        return cls(tensor.shape, tensor.device.type)
+        return cls(tensor.shape, tensor.device.type, tensor.dtype, tensor.stride())
 
 
 def written_by(node: Node) -> list[Any]:

@@ -18,9 +18,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pegrad import trees
 from pegrad.assumptions import Assumptions, assuming
-from pegrad.compiling.nodes import KIN, LOOK, STAGE, Look
+from pegrad.compiling.nodes import KIN, LOOK, MEMORY, STAGE, Look
 from pegrad.compiling.order import leaf_by_leaf
 from pegrad.compiling.pieces import Pieces
+from pegrad.compiling.reuse import reuse
 from pegrad.errors import CompileError, PegradError
 from pegrad.torch_internals import TorchDispatchMode, import_compiler, unsafe_view
 
@@ -123,7 +124,7 @@ class _Recorder(TorchDispatchMode):
         self._nodes: MutableMapping[Tensor, Node] = WeakTensorKeyDictionary()
         for index, tensor in enumerate(inputs):
             self._nodes[tensor] = self._last = self._graph.placeholder(f"input_{index}")
-            self._last.meta[LOOK] = Look.of(tensor)
+            self._last.meta.update({LOOK: Look.of(tensor), MEMORY: self._last})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by PyTorch in place of every operation."""
@@ -153,7 +154,9 @@ class _Recorder(TorchDispatchMode):
         if func in _VIEWS and _same(result, args[0]):
             self._nodes[result] = given[0]
         else:
-            self._note(result, self._call(func, *trees.unflatten(spec, given)))
+            self._note(
+                result, self._call(func, *trees.unflatten(spec, given)), [t for t in leaves if isinstance(t, Tensor)]
+            )
         return result
 
     def next_stage(self, kin: Sequence[Tensor]) -> None:
@@ -175,18 +178,22 @@ class _Recorder(TorchDispatchMode):
                 "a pure function"
             )
         self._graph.eliminate_dead_code()
+        reuse(self._graph, stage=0)
         leaf_by_leaf(self._graph, self._stage)
         return GraphModule(torch.nn.Module(), self._graph)
 
-    def _note(self, result: Any, node: Node) -> None:
-        """Note what an operation returned; if that is one of its arguments, it is noted already."""
+    def _note(self, result: Any, node: Node, given: Sequence[Tensor] = ()) -> None:
+        """Note what an operation returned; if that is one of the tensors it was given, it is noted already."""
         if isinstance(result, Tensor):
             for one in (node, self._nodes.setdefault(result, node)):  # which `squeeze_` may have given another shape
                 one.meta[LOOK] = Look.of(result)
+            where = result.untyped_storage().data_ptr()
+            shared = (self._nodes[t] for t in given if t.untyped_storage().data_ptr() == where)
+            node.meta[MEMORY] = next((other.meta[MEMORY] for other in shared), node)
         elif isinstance(result, tuple | list):
             for index, one in enumerate(result):
                 if isinstance(one, Tensor):
-                    self._note(one, self._call(getitem, (node, index)))
+                    self._note(one, self._call(getitem, (node, index)), given)
 
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         node = self._graph.call_function(function, args, kwargs)
@@ -200,7 +207,7 @@ class _Recorder(TorchDispatchMode):
         self.captured.append(tensor)
         self._versions.append(tensor._version)
         self._nodes[tensor] = self._last
-        self._last.meta[LOOK] = Look.of(tensor)
+        self._last.meta.update({LOOK: Look.of(tensor), MEMORY: self._last})
         return self._last
 
     def _refuse(self, why: str) -> NoReturn:

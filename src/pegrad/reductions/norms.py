@@ -98,8 +98,15 @@ class Norms(Grouped):
         """See `Grouped.enter_stacked`."""
         self._enter_rows(self.grouping.of[leaf], source, [stacked])
 
-    def measured(self, together: int, squares: Tensor, finish: Finish) -> None:
-        """Take note of the squared norms `(B,)` of a part of a clipping group, and of how its sum will be found."""
+    def measured(self, together: int, squares: Tensor, finish: Finish, frees: int = 0) -> None:
+        """Take note of the squared norms of a part of a clipping group.
+
+        Args:
+            together: the clipping group.
+            squares: `(B,)`.
+            finish: how the sum will be found.
+            frees: how many numbers can be let go then, more than the sum has.
+        """
         self._squares[together] = self._squares[together] + squares
 
     def _enter_joint(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
@@ -116,7 +123,8 @@ class Norms(Grouped):
     def _enter_rows(self, together: int, source: Tensor, pieces: Sequence[Tensor]) -> None:
         dtype = accumulator(pieces[0].dtype, self.rows)
         squares = torch.cat([squared_norms(rows) for rows in pieces])
-        self.measured(together, squares, lambda weights: [(source, weights.contract_pieces(pieces, dtype))])
+        frees = sum(rows.numel() for rows in pieces) - source.numel()
+        self.measured(together, squares, lambda weights: [(source, weights.contract_pieces(pieces, dtype))], frees)
 
     def _enter_made(self, group: Group, part: Part, together: int) -> None:
         """Enter the only use of leaves that the source was made of by more than an isometry.
@@ -170,7 +178,8 @@ class Norms(Grouped):
     def _enter_native(self, group: Group, native: NativeSum, parts: list[Part], together: int, squares: Tensor) -> None:
         self.native[group] = native
         dtype = accumulator(parts[0].g.dtype, self.rows)
-        self.measured(together, squares, partial(native.totals, parts, dtype=dtype))
+        frees = sum(part.numbers for part in parts) - group.source.numel()
+        self.measured(together, squares, partial(native.totals, parts, dtype=dtype), frees)
 
 
 _SMALL = 1 << 12  # numbers of a leaf of which an operation takes longer to begin than to run
@@ -200,7 +209,7 @@ class KeptSums(Norms):
         super().__init__(trace, problem, choose, grouping)
         self._mask = problem.mask
         self._sums = LeafSums(trace, self.plan.uses, self.rows)
-        self._finish: list[list[Finish]] = [[] for _ in grouping.weightings]
+        self._finish: list[list[tuple[int, Finish]]] = [[] for _ in grouping.weightings]
         self._small: list[list[tuple[Tensor, Tensor]]] = [[] for _ in grouping.weightings]
         """For each clipping group rows `(B, *source.shape)`, by source, that are entered but not measured."""
         self._numbers = [0] * len(grouping.weightings)
@@ -225,10 +234,10 @@ class KeptSums(Norms):
                 self._sum(together)
         return self._sums.leaves()
 
-    def measured(self, together: int, squares: Tensor, finish: Finish, groups: int = 1) -> None:
+    def measured(self, together: int, squares: Tensor, finish: Finish, frees: int = 0, groups: int = 1) -> None:
         """See `Norms.measured`; of so many groups of uses."""
         super().measured(together, squares, finish)
-        self._finish[together].append(finish)
+        self._finish[together].append((frees, finish))
         self._awaited[together] -= groups
         if not self._awaited[together]:
             self._sum(together)
@@ -267,7 +276,7 @@ class KeptSums(Norms):
             totals = weights.contract(rows, dtype).split([source.numel() for source in sources])
             return [(s, total.reshape(s.shape).clone()) for s, total in zip(sources, totals, strict=True)]
 
-        self.measured(together, squared_norms(rows), finish, len(small))
+        self.measured(together, squared_norms(rows), finish, rows.numel(), len(small))
 
     def _measure_small(self) -> None:
         for together in range(len(self._small)):
@@ -292,8 +301,10 @@ class KeptSums(Norms):
     def _sum(self, together: int) -> None:
         weights = Weights.of(self.grouping.weightings[together], self._squares[together], self._mask)
         waiting = self._finish[together]
-        while waiting:  # what was kept is let go, use by use
-            for source, total in waiting.pop()(weights):
+        waiting.sort(key=lambda finish: finish[0])
+        while waiting:  # what was kept is let go, use by use, first what makes room for the others
+            _, finish = waiting.pop()
+            for source, total in finish(weights):
                 self._sums.add(source, total)
 
 
