@@ -75,7 +75,8 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], optree.PyTreeSpec]:
                 f"params{path(params, i)} has dtype {leaf.dtype}, which has no gradient: expected a floating-point "
                 "tensor. Pass integer tensors in the batch, or close over them in the loss"
             )
-        if not leaf.requires_grad and type(leaf) is not Tensor and isinstance(leaf, nn.Parameter):
+        # The type first: asking for an instance takes long, and most leaves are plain.
+        if type(leaf) is not Tensor and isinstance(leaf, nn.Parameter) and not leaf.requires_grad:
             raise LeafError(
                 f"params{path(params, i)} is an nn.Parameter with requires_grad=False, but every leaf of params gets a "
                 "gradient and noise. Pass only those to be trained, such as {name: p for name, p in "

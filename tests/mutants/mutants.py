@@ -323,7 +323,7 @@ MUTANTS = [
     ),
     Mutant(
         "numerics.py",
-        "part if bad is None else part.masked_fill(bad[start : start + step, None], 0)",
+        "part if out is None else part.masked_fill(out[:, None], 0)",
         "part",
         "test_clipping.py::test_a_row_without_a_finite_gradient_contributes_zero_and_is_counted -k vmap",
         "one NaN example makes the whole sum NaN",
@@ -1143,8 +1143,8 @@ MUTANTS = [
     # What a user calls
     Mutant(
         "trees.py",
-        "if isinstance(leaf, nn.Parameter) and not leaf.requires_grad:",
-        "if False:",
+        "isinstance(leaf, nn.Parameter) and not leaf.requires_grad:",
+        "False:",
         "test_guards.py -k frozen_parameters and vmap",
         "frozen parameters get noise, and move",
     ),
