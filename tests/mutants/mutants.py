@@ -195,6 +195,13 @@ MUTANTS = [
     ),
     # Clipping by groups, inside the backward pass
     Mutant(
+        "compiling/function.py",
+        "if found <= _CLOSE * fastest",
+        "if found <= fastest",
+        "test_compiling.py -k hardly_faster",
+        "a compiler is taken for what nobody can measure",
+    ),
+    Mutant(
         "compiling/reuse.py",
         "last[made] is node and ",
         "",
