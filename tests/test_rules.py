@@ -324,7 +324,7 @@ def small_leaves(params, x):
 @pytest.mark.parametrize("clip_norm", [0.5, pegrad.clipping.PerLayer(0.5)], ids=["flat", "per layer"])
 def test_small_leaves_are_measured_together(block, clip_norm, monkeypatch):
     """Catches: the rows of one taken for another's; one left out, or added twice; the groups of clipping mixed."""
-    monkeypatch.setattr("pegrad.reductions.norms.BLOCK", block)
+    monkeypatch.setattr("pegrad.reductions.kept.BLOCK", block)
     params = {"loose": r(2)}
     for i in range(3):
         dtype = torch.float32 if i == 1 else torch.float64
@@ -346,9 +346,9 @@ def test_small_leaves_are_measured_together(block, clip_norm, monkeypatch):
 def test_what_makes_room_is_summed_first(monkeypatch):
     """Catches: a sum as large as its leaf, made while what others keep is still there."""
     order = []
-    add = pegrad.reductions.norms.LeafSums.add
+    add = pegrad.reductions.kept.LeafSums.add
     monkeypatch.setattr(
-        pegrad.reductions.norms.LeafSums,
+        pegrad.reductions.kept.LeafSums,
         "add",
         lambda sums, leaf, total: (order.append(leaf.numel()), add(sums, leaf, total)),
     )

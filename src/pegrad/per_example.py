@@ -260,7 +260,7 @@ class ClippedGrad:
             ArgumentError, LeafError: the clipping does not fit the parameters.
         """
         call = Call.of(self.loss, params, batch, mask)
-        leaves, *values = self._of(call, params)
+        leaves, *values = self._summed(call, params)
         return Clipped(trees.unflatten(call.params, leaves), *values)
 
     def init(self, params: PyTree) -> Sums:
@@ -291,14 +291,14 @@ class ClippedGrad:
             LeafError, LossError: as a call on a whole batch; or the sums are of other parameters.
         """
         call = Call.of(self.loss, params, batch, mask)
-        leaves, *values = self._of(call, params)
+        leaves, *values = self._summed(call, params)
         return Added(extended(sums, call.problem.params, leaves, call.size), *values)
 
     def finish(self, sums: Sums) -> PyTree:
         """Return the sum of all clipped gradients that were added, over `normalize_by`: what `Clipped.grads` is."""
         return total(sums)
 
-    def _of(self, call: Call, params: PyTree) -> tuple[Leaves, Tensor, Tensor, PyTree, Tensor]:
+    def _summed(self, call: Call, params: PyTree) -> tuple[Leaves, Tensor, Tensor, PyTree, Tensor]:
         """Return the sum for each leaf, and what is beside it in a `Clipped`."""
         grouping = grouping_of(self.clipping, params)
         parts = _Accumulator(call)

@@ -1,4 +1,4 @@
-"""Norms of each clipping group, and the weighted sums: from what the norms kept, or in a second backward pass."""
+"""Norms of each clipping group, and the weighted sums in a second backward pass."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pegrad.assumptions import any_row, unrecorded
 from pegrad.clipping import Grouping, Unclipped, Weights
-from pegrad.numerics import BLOCK, accumulator, squared_norms
+from pegrad.numerics import accumulator, squared_norms
 from pegrad.plan.candidates import Candidate, stack_kernel
 from pegrad.plan.parts import Part
 from pegrad.plan.plan import Choose, Group, Plan, shaped
@@ -17,7 +17,7 @@ from pegrad.reductions import rounding
 from pegrad.reductions.base import Reduction
 from pegrad.reductions.grouped import Grouped
 from pegrad.reductions.leaves import LeafSums, pull_rows, squares_of
-from pegrad.reductions.native import Magnitudes, NativeSum, guarded_norms, stacked_parts, stacked_pieces
+from pegrad.reductions.native import Magnitudes, NativeSum, guarded_norms, stacked_parts
 from pegrad.tracing.trace import Trace
 
 Finish = Callable[[Weights], Sequence[tuple[Tensor, Tensor]]]
@@ -182,130 +182,12 @@ class Norms(Grouped):
         self.measured(together, squares, partial(native.totals, parts, dtype=dtype), frees)
 
 
-_SMALL = 1 << 12  # numbers of a leaf of which an operation takes longer to begin than to run
 _PROBES = 4
 _NOISE = 8.0  # what the probes show of it, and a margin
 
 
 def _unknown(weights: Weights) -> Sequence[tuple[Tensor, Tensor]]:
     raise AssertionError("nothing was kept for the sum")
-
-
-class KeptSums(Norms):
-    """Norms, and the weighted sum of each clipping group as soon as the last of its norms is known.
-
-    What was kept for a group is let go then. With one group that is at the end of the backward pass; with a group for
-    every layer it is layer by layer, and next to nothing is kept. Rows of small leaves are kept side by side: one norm
-    and one product for all.
-
-    Args:
-        trace: see `Norms`.
-        problem: see `Norms`.
-        choose: see `Norms`.
-        grouping: see `Norms`.
-    """
-
-    def __init__(self, trace: Trace, problem: Problem, choose: Choose, grouping: Grouping) -> None:
-        super().__init__(trace, problem, choose, grouping)
-        self._mask = problem.mask
-        self._sums = LeafSums(trace, self.plan.uses, self.rows)
-        self._finish: list[list[tuple[int, Finish]]] = [[] for _ in grouping.weightings]
-        self._small: list[list[tuple[Tensor, Tensor]]] = [[] for _ in grouping.weightings]
-        """For each clipping group rows `(B, *source.shape)`, by source, that are entered but not measured."""
-        self._numbers = [0] * len(grouping.weightings)
-        """How many numbers those have."""
-        self._awaited = [0] * len(grouping.weightings)
-        for group in self.plan.groups:
-            if group.way != "stacked":
-                self._awaited[grouping.of[self.plan.leaf(group.source)]] += 1
-        for leaf, uses in enumerate(self.plan.stacked):
-            self._awaited[grouping.of[leaf]] += uses > 0
-
-    def squared_norms(self) -> Tensor:
-        """See `Norms.squared_norms`."""
-        self._measure_small()
-        return super().squared_norms()
-
-    def total(self) -> Leaves:
-        """Return the weighted sum for each leaf, once all is entered."""
-        self._measure_small()
-        for together, waiting in enumerate(self._finish):
-            if waiting:  # the loss does not depend on all of the group's leaves after all
-                self._sum(together)
-        return self._sums.leaves()
-
-    def measured(self, together: int, squares: Tensor, finish: Finish, frees: int = 0, groups: int = 1) -> None:
-        """See `Norms.measured`; of so many groups of uses."""
-        super().measured(together, squares, finish)
-        self._finish[together].append((frees, finish))
-        self._awaited[together] -= groups
-        if not self._awaited[together]:
-            self._sum(together)
-        elif self._awaited[together] == len(self._small[together]):
-            self._measure(together)
-
-    def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
-        if self._awaited[together] == len(self._small[together]) + 1:
-            self._measure(together)
-            self._enter_last(group, choice, parts, together)
-            return
-        self._enter_rows(together, group.source, stacked_pieces(choice.kernels, parts, self.batch))
-
-    def _enter_rows(self, together: int, source: Tensor, pieces: Sequence[Tensor]) -> None:
-        if len(pieces) > 1 or source.numel() > _SMALL:
-            super()._enter_rows(together, source, pieces)
-            return
-        (rows,), small = pieces, self._small[together]
-        if self._numbers[together] > BLOCK or (small and small[0][1].dtype != rows.dtype):
-            self._measure(together)
-        self._small[together].append((source, rows))
-        self._numbers[together] += rows.numel()
-        if self._awaited[together] == len(self._small[together]):
-            self._measure(together)
-
-    def _measure(self, together: int) -> None:
-        """Measure a clipping group's small leaves that have been entered, all in one."""
-        small, self._small[together], self._numbers[together] = self._small[together], [], 0
-        if not small:
-            return
-        sources = [source for source, _ in small]
-        rows = torch.cat([rows.reshape(len(rows), source.numel()) for source, rows in small], 1)
-        dtype = accumulator(rows.dtype, self.rows)
-
-        def finish(weights: Weights) -> list[tuple[Tensor, Tensor]]:
-            totals = weights.contract(rows, dtype).split([source.numel() for source in sources])
-            return [(s, total.reshape(s.shape).clone()) for s, total in zip(sources, totals, strict=True)]
-
-        self.measured(together, squared_norms(rows), finish, rows.numel(), len(small))
-
-    def _measure_small(self) -> None:
-        for together in range(len(self._small)):
-            self._measure(together)
-
-    def _enter_last(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
-        """Enter the last uses of a clipping group: a weight is known with its norm, so few rows are kept."""
-        weighting, before = self.grouping.weightings[together], self._squares[together]
-        squares: list[Tensor] = []
-        totals: list[tuple[Tensor, Tensor]] = []
-        start = 0
-        for rows in stacked_parts(choice.kernels, parts, self.batch):
-            some = slice(start, start + len(rows))
-            squares.append(squared_norms(rows))
-            mask = None if self._mask is None else self._mask[some]
-            weights = Weights.of(weighting, before[some] + squares[-1], mask)
-            summed = weights.contract(rows, accumulator(rows.dtype, self.rows))
-            totals = [(group.source, totals[0][1].add_(summed) if totals else summed)]
-            start += len(rows)
-        self.measured(together, torch.cat(squares), lambda _: totals)
-
-    def _sum(self, together: int) -> None:
-        weights = Weights.of(self.grouping.weightings[together], self._squares[together], self._mask)
-        waiting = self._finish[together]
-        waiting.sort(key=lambda finish: finish[0])
-        while waiting:  # what was kept is let go, use by use, first what makes room for the others
-            _, finish = waiting.pop()
-            for source, total in finish(weights):
-                self._sums.add(source, total)
 
 
 class Sums(Grouped):

@@ -8,7 +8,7 @@ from torch import Tensor
 from pegrad.clipping import Grouping
 from pegrad.numerics import arithmetic
 from pegrad.problem import Leaves, Problem, Values
-from pegrad.reductions.norms import KeptSums
+from pegrad.reductions.kept import KeptSums
 from pegrad.strategies.traced import Traced, values
 
 

@@ -22,8 +22,8 @@ from pegrad.plan.candidates import Candidate
 from pegrad.plan.parts import Part
 from pegrad.plan.plan import Choose, Group
 from pegrad.problem import Leaves, Problem
+from pegrad.reductions.kept import KeptSums
 from pegrad.reductions.native import stacked_pieces
-from pegrad.reductions.norms import KeptSums
 from pegrad.rules import RULES
 from pegrad.strategies.failures import out_of_memory, reason
 from pegrad.strategies.traced import Traced
