@@ -229,6 +229,7 @@ def _private(
             "backend": how.backend,
             "operations": how.operations,
             "seconds": dict(how.seconds),
+            "parts": [dict(part) for part in how.parts],
             "rejected": list(how.rejected),
         }
 

@@ -196,6 +196,13 @@ MUTANTS = [
     # Clipping by groups, inside the backward pass
     Mutant(
         "compiling/function.py",
+        "preferred(found) if found else some[0]",
+        "some[0]",
+        "test_compiling.py -k measured_by_itself",
+        "what was measured of a part is not looked at",
+    ),
+    Mutant(
+        "compiling/function.py",
         "if found <= _CLOSE * fastest",
         "if found <= fastest",
         "test_compiling.py -k hardly_faster",
@@ -1502,8 +1509,8 @@ MUTANTS = [
     ),
     Mutant(
         "compiling/order.py",
-        "memory[node] = places[0]",
-        "pass",
+        "place: Node = node.meta.get(MEMORY, node)",
+        "place = node",
         "test_compiling.py::test_another_order_gives_the_same",
         "a graph reads through a view what was overwritten",
     ),

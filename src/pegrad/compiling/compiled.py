@@ -52,8 +52,8 @@ def compile(
         backend: a compiler of `torch.compile`'s: `inductor`, which needs a C++ compiler on a CPU, `aot_eager`,
             `cudagraphs`, ...; or `eager`, which runs the graph as it is: the same bits as the call, without the Python
             around it. Of a step, `inductor, eager` is one for the clipped gradient and another for noise and update.
-            What a report says is understood. None: `eager`, `inductor`, for a step one of them for each part, and no
-            graph at all are measured on the arguments, and the fastest is taken.
+            What a report says is understood. None: `eager` and `inductor` are measured on the arguments, for a step
+            on each part by itself, then the faster graph and no graph at all, and the fastest is taken.
         new_shapes: whether arguments of other shapes, dtypes, devices or values that are no tensors get a graph of
             their own, `compile`, or a `CompileError`, `refuse`.
         donate: of a step, take the memory of the old parameters and of the optimizer's old state for the new ones. The

@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from math import inf
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,11 +17,13 @@ from pegrad.compiling.recording import record
 from pegrad.compiling.trials import Trials, copies, repeated
 from pegrad.errors import CompileError
 
+K = TypeVar("K")
+
 EAGERLY = "eagerly"
 _FAST = Backend("inductor")
 _MANY = 500  # parts of tensors that a stage writes to, as the steps of a recurrent network do
 _TOO_MANY = "it takes very long where so many parts of tensors are written to"
-_ROUNDS = 5  # of each candidate, before one is preferred
+_ROUNDS = 7  # of each candidate, before one is preferred
 _CLOSE = 1.03  # times as long: no difference that so few rounds could tell
 
 
@@ -35,7 +36,11 @@ class CompileReport:
     operations: int
     """In the graph."""
     seconds: Mapping[str, float]
-    """Of a call, median: `eagerly`, and by each backend that was measured. Empty where a backend was asked for."""
+    """Of a call, median: `eagerly`, and by the graph, each part by what is fastest for it. Empty where a backend was
+    asked for."""
+    parts: tuple[Mapping[str, float], ...]
+    """Of each part by itself, by each backend: a step's gradient, and its noise and update. Empty where there was no
+    choice."""
     spent: float
     """Seconds that recording, compiling and comparing took."""
     rejected: tuple[str, ...]
@@ -71,33 +76,43 @@ def make(program: Program, call: Call, backends: Backends | None) -> tuple[Graph
         compiler = Compiler(recording, inputs)
         again()
         trials = Trials(program, call, inputs, compiler.graph((PLAIN,)), again)
-        graphs, rejected = _found(compiler, trials, backends)
+        by_stage, rejected = _found(compiler, trials, backends)
         spent = time.perf_counter() - begun
-        if backends and not graphs:
+        if backends and not (by_stage and all(by_stage)):
             raise CompileError("The call cannot be compiled. " + ". ".join(rejected))
         again()
-        seconds = {} if backends else _measured(program, call, graphs)
-    best = next(iter(graphs)) if backends else preferred(seconds)
-    return graphs.get(best), CompileReport(best, recording.operations, seconds, spent, tuple(rejected))
+        with program.surroundings(call):
+            parts = [_seconds(compiler.ways(stage, some)) if some[1:] else {} for stage, some in enumerate(by_stage)]
+        chosen = tuple(preferred(found) if found else some[0] for found, some in zip(parts, by_stage, strict=True))
+        graph = compiler.graph(chosen) if chosen else None
+        again()
+        seconds = {} if backends else _seconds(_ways(program, call, graph, named(chosen)))
+    best = preferred(seconds) if seconds else named(chosen)
+    by_name = tuple({str(backend): found for backend, found in part.items()} for part in parts)
+    report = CompileReport(best, recording.operations, seconds, by_name, spent, tuple(rejected))
+    return None if best == EAGERLY else graph, report
 
 
-def preferred(seconds: Mapping[str, float]) -> str:
+def preferred(seconds: Mapping[K, float]) -> K:
     """Return the first that takes as long as the fastest, or hardly longer.
 
     A graph as it is has the call's own bits, and what a compiler does to a gradient may need more memory.
 
     Args:
-        seconds: of a call by each, what changes least about it first.
+        seconds: by each, what changes least about a call first.
     """
     fastest = min(seconds.values())
     return next(name for name, found in seconds.items() if found <= _CLOSE * fastest)
 
 
-def _found(compiler: Compiler, trials: Trials, backends: Backends | None) -> tuple[dict[str, Graph], list[str]]:
-    """Compile what gives the same as the call, and say why others are not used."""
+def _found(compiler: Compiler, trials: Trials, backends: Backends | None) -> tuple[list[list[Backend]], list[str]]:
+    """Return for each stage the backends by which it gives the same as the call, and say why others are not used.
+
+    There is no stage where the graph gives something else, as it is.
+    """
     distance = trials.distance(compiler.graph((PLAIN,)))
     if distance > 1:
-        return {}, [f"The graph gives something else, by {distance:.2g} times what passes for rounding"]
+        return [], [f"The graph gives something else, by {distance:.2g} times what passes for rounding"]
     rejected: list[str] = []
     by_stage: list[list[Backend]] = []
     asked = compiler.by_stage(backends) if backends else ()
@@ -108,7 +123,7 @@ def _found(compiler: Compiler, trials: Trials, backends: Backends | None) -> tup
         passed = [PLAIN] if not asked or asked[stage] == PLAIN else []  # the graph as it is has passed
         candidates = [backend for backend in candidates if backend != PLAIN]
         by_stage.append(passed + _passing(compiler, trials, stage, candidates, rejected))
-    return {named(every): compiler.graph(every) for every in product(*by_stage)}, rejected
+    return by_stage, rejected
 
 
 def _passing(
@@ -140,13 +155,18 @@ def run(program: Program, call: Call, inputs: Any, graph: Graph) -> tuple[Any, b
     return program.result(call, value) if held else None, held
 
 
-def _measured(program: Program, call: Call, graphs: Mapping[str, Graph]) -> dict[str, float]:
-    """Measure calls, eager ones and by each graph, in turns."""
-    call = Call(*copies(call)) if program.handed_over else call  # which the graphs go on from
+def _ways(program: Program, call: Call, graph: Graph | None, name: str) -> dict[str, Callable[[], Any]]:
+    """Return ways to make a call: eagerly, and by the graph, if there is one."""
+    call = Call(*copies(call)) if program.handed_over else call  # which the graph goes on from
     ways: dict[str, Callable[[], Any]] = {EAGERLY: lambda: program.eagerly(call)}
-    for name, graph in graphs.items():
+    if graph is not None:
         ways[name] = partial(_run_anew, program, call, graph)
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    return ways
+
+
+def _seconds(ways: Mapping[K, Callable[[], Any]]) -> dict[K, float]:
+    """Measure ways to the same, in turns."""
+    times: dict[K, list[float]] = {name: [] for name in ways}
     for _ in range(_ROUNDS):
         for name, way in ways.items():
             begun = time.perf_counter()

@@ -1,7 +1,8 @@
 """A recorded call, compiled: each stage by its own backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,6 +93,14 @@ class Compiler:
     def written_parts(self, stage: int) -> int:
         """Return how often a stage writes to a part of a tensor."""
         return self._staged.stages[stage].written_parts
+
+    def ways(self, stage: int, backends: Sequence[Backend]) -> dict[Backend, Callable[[], Any]]:
+        """Return what runs a stage by itself, by each of some backends, on what it was compiled for."""
+        return {backend: partial(self._run, self._staged.alone(stage, backend)) for backend in backends}
+
+    def _run(self, alone: Callable[[], Any]) -> None:
+        with torch.no_grad(), arithmetic(self._device):
+            alone()
 
     def outputs(self, stage: int, backend: Backend, inputs: Any) -> tuple[Any, ...]:
         """Run the graph, the last of it by a backend, up to where a stage ends.

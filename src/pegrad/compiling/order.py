@@ -11,8 +11,8 @@ import torch
 from torch.fx import Graph, Node
 
 from pegrad import trees
-from pegrad.compiling.nodes import KIN, STAGE, written_by
-from pegrad.torch_internals import Operation, returns_view
+from pegrad.compiling.nodes import KIN, MEMORY, STAGE, written_by
+from pegrad.torch_internals import Operation
 
 
 def leaf_by_leaf(graph: Graph, stage: int) -> None:
@@ -42,16 +42,15 @@ def leaf_by_leaf(graph: Graph, stage: int) -> None:
 def before(nodes: list[Node]) -> dict[Node, list[Node]]:
     """Return what must run before each operation: what makes its inputs, and what reads or writes the same memory."""
     own = set(nodes)
-    memory: dict[Node, Node] = {}
     writer: dict[Node, Node] = {}
     readers: dict[Node, list[Node]] = defaultdict(list)
     drawn: list[Node] = []
     found: dict[Node, list[Node]] = {}
     for node in nodes:
         inputs = node.all_input_nodes
-        places = [memory.get(source, source) for source in inputs]
+        places = [_place(source) for source in inputs]
         others = [source for source in inputs if source in own] + [writer[p] for p in places if p in writer]
-        for place in {memory.get(source, source): None for source in _tensors(written_by(node))}:
+        for place in {_place(source): None for source in _tensors(written_by(node))}:
             others += readers.pop(place, [])
             writer[place] = node
         for place in places:
@@ -59,8 +58,6 @@ def before(nodes: list[Node]) -> dict[Node, list[Node]]:
         if _draws(node):  # from torch's generators, in turn
             others += drawn
             drawn = [node]
-        if inputs and _is_view(node):
-            memory[node] = places[0]
         found[node] = [other for other in dict.fromkeys(others) if other is not node]
     return found
 
@@ -80,6 +77,12 @@ def _in_turn(ends: list[Node], waits_for: dict[Node, list[Node]]) -> list[Node]:
     return list(order)
 
 
+def _place(node: Node) -> Node:
+    """Return what stands for the memory that a value lies in; several values of one operation lie in their own."""
+    place: Node = node.meta.get(MEMORY, node)
+    return place
+
+
 def _tensors(arguments: list[Any]) -> list[Node]:
     """Return the nodes among arguments, and in lists of them."""
     return [leaf for leaf in trees.leaves(arguments) if isinstance(leaf, Node)]
@@ -87,8 +90,3 @@ def _tensors(arguments: list[Any]) -> list[Node]:
 
 def _draws(node: Node) -> bool:
     return isinstance(node.target, Operation) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _is_view(node: Node) -> bool:
-    """Tell whether an operation returns memory of its first input, or a part of several such results."""
-    return not isinstance(node.target, Operation) or returns_view(node.target)

@@ -4,7 +4,8 @@ What one compiler makes faster of a step's gradient, it may make slower of the n
 very long over one of them alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import getitem
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from pegrad.compiling.backends import Backend, Runs
-from pegrad.compiling.nodes import LOOK, STAGE, written_by
+from pegrad.compiling.nodes import LOOK, MEMORY, STAGE, written_by
 from pegrad.torch_internals import Operation, returns_view
 
 
@@ -76,6 +77,10 @@ class Staged:
 
         return run
 
+    def alone(self, number: int, backend: Backend) -> Callable[[], Any]:
+        """Return a stage by a backend, on what it was compiled for, which it may overwrite."""
+        return partial(self._part(number, backend), *self._examples[number])
+
     def outputs(self, number: int, backend: Backend, tensors: Sequence[Tensor]) -> dict[Node, Tensor]:
         """Run up to a stage, that by a backend, those before it as they are: what it gives, by node of the whole."""
         values = dict(zip(self._inputs, tensors, strict=True))
@@ -100,7 +105,7 @@ def _cut(graph: Graph) -> Iterator[Stage]:
         part = Graph()
         copies = {node: part.placeholder(node.name) for node in inputs}
         for node, copy in copies.items():
-            copy.meta[LOOK] = node.meta[LOOK]
+            copy.meta.update({key: node.meta[key] for key in (LOOK, MEMORY)})
         for node in own:
             copies[node] = part.node_copy(node, copies.__getitem__)
         part.output([copies[node] for node in outputs])
