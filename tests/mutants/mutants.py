@@ -203,6 +203,13 @@ MUTANTS = [
     ),
     Mutant(
         "compiling/function.py",
+        "return by_graph | eagerly if program.handed_over else eagerly | by_graph",
+        "return eagerly | by_graph",
+        "test_compiling.py -k measured_by_itself",
+        "a step keeps old and new parameters though the old ones were handed over",
+    ),
+    Mutant(
+        "compiling/function.py",
         "if found <= _CLOSE * fastest",
         "if found <= fastest",
         "test_compiling.py -k hardly_faster",

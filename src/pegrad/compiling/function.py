@@ -32,7 +32,7 @@ class CompileReport:
     """How a call was compiled, for arguments of one kind."""
 
     backend: str
-    """What calls are made by, as `compile` takes it; or `eagerly`: nothing was faster by more than 3%."""
+    """What calls are made by, as `compile` takes it; or `eagerly`: no graph was faster by more than 3%."""
     operations: int
     """In the graph."""
     seconds: Mapping[str, float]
@@ -99,7 +99,7 @@ def preferred(seconds: Mapping[K, float]) -> K:
     A graph as it is has the call's own bits, and what a compiler does to a gradient may need more memory.
 
     Args:
-        seconds: by each, what changes least about a call first.
+        seconds: by each, what is preferred first.
     """
     fastest = min(seconds.values())
     return next(name for name, found in seconds.items() if found <= _CLOSE * fastest)
@@ -156,12 +156,13 @@ def run(program: Program, call: Call, inputs: Any, graph: Graph) -> tuple[Any, b
 
 
 def _ways(program: Program, call: Call, graph: Graph | None, name: str) -> dict[str, Callable[[], Any]]:
-    """Return ways to make a call: eagerly, and by the graph, if there is one."""
+    """Return ways to make a call: eagerly, and by the graph, if there is one, which alone takes memory handed over."""
     call = Call(*copies(call)) if program.handed_over else call  # which the graph goes on from
-    ways: dict[str, Callable[[], Any]] = {EAGERLY: lambda: program.eagerly(call)}
-    if graph is not None:
-        ways[name] = partial(_run_anew, program, call, graph)
-    return ways
+    eagerly: dict[str, Callable[[], Any]] = {EAGERLY: lambda: program.eagerly(call)}
+    if graph is None:
+        return eagerly
+    by_graph: dict[str, Callable[[], Any]] = {name: partial(_run_anew, program, call, graph)}
+    return by_graph | eagerly if program.handed_over else eagerly | by_graph
 
 
 def _seconds(ways: Mapping[K, Callable[[], Any]]) -> dict[K, float]:
