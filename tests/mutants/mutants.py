@@ -193,7 +193,7 @@ MUTANTS = [
         "test_sensitivity.py::test_what_float32_cannot_measure_is_refused",
         "a clip norm below which every norm vanishes is accepted",
     ),
-    # Clipping by groups, inside the backward pass
+    # What compiling chooses, and what a graph writes over
     Mutant(
         "compiling/function.py",
         "preferred(found) if found else some[0]",
@@ -257,6 +257,7 @@ MUTANTS = [
         "test_compiling.py -k nothing_reads_any_more",
         "a result is written over what a view still shows",
     ),
+    # Clipping by groups, inside the backward pass
     Mutant(
         "reductions/kept.py",
         "waiting.sort(key=lambda finish: finish[0])",
