@@ -21,6 +21,7 @@ import torch
 
 _PROC = Path("/proc/self")
 _M_MMAP_THRESHOLD, _M_MMAP_MAX = -3, -4  # of glibc's malloc.h
+_LARGE = 1 << 17  # bytes of a block that has pages of its own
 
 
 class FailedError(Exception):
@@ -65,7 +66,8 @@ def peak(function: Callable[[], Any], device: str) -> tuple[Any, int | None]:
 
     On a CPU with glibc, large blocks have pages of their own meanwhile, so that what is freed is free. An allocator
     that keeps freed memory cuts it up and needs more: nothing should have been computed in the process before, unless
-    after `large_blocks_apart`.
+    after `large_blocks_apart`. Gaps among the small blocks, such as compiling leaves, are filled for that time: a large
+    block in one would stay there when it is freed.
 
     Returns:
         Its value, and bytes; None where the system cannot tell.
@@ -80,12 +82,15 @@ def peak(function: Callable[[], Any], device: str) -> tuple[Any, int | None]:
     if not (_PROC / "clear_refs").exists():
         return function(), None
     libc = ctypes.CDLL(None)
+    fillings = _fill_gaps(libc)
     large_blocks_apart()
     libc.malloc_trim(0)
     (_PROC / "clear_refs").write_text("5")
     before = _resident("VmRSS")
     value = function()
     needed = _resident("VmHWM") - before
+    for filling in fillings:
+        libc.free(filling)
     libc.mallopt(_M_MMAP_MAX, int(os.environ.get("MALLOC_MMAP_MAX_", 1 << 16)))
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own, growing threshold ends
     return value, needed
@@ -96,7 +101,24 @@ def large_blocks_apart() -> None:
     if (_PROC / "clear_refs").exists():
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 1 << 16)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def _fill_gaps(libc: ctypes.CDLL) -> list[ctypes.c_void_p]:
+    """Take all room for a large block that is left below the end of the heap, without touching it."""
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.mallopt(_M_MMAP_MAX, 0)
+    taken = []
+    size = 1 << 28
+    while size >= _LARGE:
+        end = libc.sbrk(0)
+        block = ctypes.c_void_p(libc.malloc(size))
+        if libc.sbrk(0) == end and block and block.value < end:
+            taken.append(block)
+        else:  # there was no gap
+            libc.free(block)
+            size //= 2
+    return taken
 
 
 def _answer(sender: Connection, device: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -129,6 +129,21 @@ def test_peak_memory_is_that_of_the_call(module) -> None:
     assert 95 * megabytes < needed < 115 * megabytes
 
 
+def test_peak_memory_has_nothing_of_gaps_among_small_blocks(module) -> None:
+    """Catches: a large block in a gap that small ones left, which stays when it is freed."""
+    isolation = module("isolation")
+    megabytes = 1 << 20
+    isolation.large_blocks_apart()
+    small = [torch.ones(100_000, dtype=torch.uint8) for _ in range(1000)]
+    del small[200:800]
+
+    def one_after_the_other() -> int:
+        torch.ones(30 * megabytes, dtype=torch.uint8)
+        return torch.ones(64 * megabytes, dtype=torch.uint8)[-1].item()
+
+    assert isolation.peak(one_after_the_other, "cpu")[1] < 75 * megabytes
+
+
 @pytest.mark.parametrize(
     ("function", "argument", "limit", "phrase"),
     [
