@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad.errors import ArgumentError
-from pegrad.rules.conv.geometry import Geometry
+from pegrad.rules.conv.geometry import Geometry, pad
 
 Ints = int | Sequence[int]
 
@@ -92,7 +92,7 @@ def _read_transposed(nd: int) -> Callable[..., Convolution]:
         size = geometry.transposed_size(g.shape[-nd:], _each(output_padding, nd))
         # With an output padding of a stride or more, `size` has room for outputs that the input lacks: they are zero.
         lacking = [o - n for o, n in zip(geometry.output_size(size), g.shape[-nd:], strict=True)]
-        g = F.pad(g, [width for n in reversed(lacking) for width in (0, n)]) if any(lacking) else g
+        g = pad(g, [width for n in reversed(lacking) for width in (0, n)])
         return Convolution(g, weight, bias, geometry, size, True, g.dim() == nd + 1)
 
     return read
@@ -122,8 +122,7 @@ def _resolve_padding(
             f"Expected numbers, 'valid', or 'same' with stride 1, got padding={padding!r} with stride={stride}"
         )
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    if any(total % 2 for total in totals):
-        x = F.pad(x, [width for total in reversed(totals) for width in (0, total % 2)])
+    x = pad(x, [width for total in reversed(totals) for width in (0, total % 2)])
     return x, tuple(total // 2 for total in totals)
 
 

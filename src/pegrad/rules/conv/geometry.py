@@ -62,3 +62,8 @@ class Geometry(NamedTuple):
             g, x, weight, None, self.stride, self.padding, self.dilation, False, zeros, self.groups,
             [False, True, False],
         )[1]  # fmt: skip
+
+
+def pad(t: Tensor, widths: Sequence[int]) -> Tensor:
+    """Put zeros around, as `F.pad`, which makes a copy even where there are none to put."""
+    return F.pad(t, list(widths)) if any(widths) else t

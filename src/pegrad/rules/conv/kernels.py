@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad.errors import ArgumentError
-from pegrad.rules.conv.geometry import Geometry
+from pegrad.rules.conv.geometry import Geometry, pad
 
 Kernel = Callable[..., Tensor]
 """`(x, g, geometry, images=1) -> stacked`"""
@@ -113,7 +113,7 @@ def by_channel(t: Tensor, images: int) -> Tensor:
 
 def windows(x: Tensor, geometry: Geometry) -> Tensor:
     """View the padded input by output position and kernel offset: `(B, C, *output, *kernel)`."""
-    view = F.pad(x, [width for p in reversed(geometry.padding) for width in (p, p)])
+    view = pad(x, [width for p in reversed(geometry.padding) for width in (p, p)])
     for axis, (k, s, d) in enumerate(zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)):
         view = view.unfold(axis + 2, d * (k - 1) + 1, s)[..., ::d]
     return view
@@ -125,7 +125,7 @@ def _phase_rows(x: Tensor, geometry: Geometry, images: int) -> tuple[dict[tuple[
     widths: list[int] = []
     for n, p, s, w in reversed(list(zip(x.shape[2:], geometry.padding, geometry.stride, grid, strict=True))):
         widths += [p, w * s - n - p]
-    padded = F.pad(x, widths)
+    padded = pad(x, widths)
     batch, groups, nd = x.shape[0] // images, geometry.groups, geometry.ndim
     split = [size for w, s in zip(grid, geometry.stride, strict=True) for size in (w, s)]
     phases = padded.reshape(batch, images, groups, -1, *split)
@@ -148,7 +148,7 @@ def _gradient_lines(g: Tensor, geometry: Geometry, size: tuple[int, ...], images
     widths = [width for w, o in zip(reversed(grid), reversed(output), strict=True) for width in (0, w - o)]
     if images == 1:
         widths[-1] = 0
-    lines = by_channel(F.pad(g, widths), images).flatten(2)
+    lines = by_channel(pad(g, widths), images).flatten(2)
     last = sum((o - 1) * prod(grid[axis + 1 :]) for axis, o in enumerate(output))
     length = (images - 1) * prod(grid) + last + 1
     return lines[:, :, :length].reshape(lines.shape[0] * geometry.groups, -1, length)

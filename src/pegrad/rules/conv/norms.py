@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from functools import partial
 from math import prod
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from pegrad.numerics import BLOCK
-from pegrad.rules.conv.geometry import Geometry
+from pegrad.rules.conv.geometry import Geometry, pad
 from pegrad.rules.conv.kernels import by_channel, windows
 from pegrad.rules.gram import Squares, diagonals_of, few_at_a_time, gram_norm, squares
 
@@ -55,7 +54,7 @@ def gram_box(x: Tensor, g: Tensor, geometry: Geometry, images: int = 1) -> Squar
 
 def _gram_box(x: Tensor, g: Tensor, geometry: Geometry, images: int) -> Squares:
     groups, nd = geometry.groups, geometry.ndim
-    padded = F.pad(x, [width for p in reversed(geometry.padding) for width in (p, p)])
+    padded = pad(x, [width for p in reversed(geometry.padding) for width in (p, p)])
     size, output = padded.shape[2:], g.shape[2:]
     # (B * groups, channels / groups, N, *size)
     pixels, lines = (by_channel(t, images).unflatten(1, (groups, -1)).flatten(0, 1) for t in (padded, g))
