@@ -797,6 +797,13 @@ MUTANTS = [
         "gradients of strided or dilated convolutions are wrong",
     ),
     Mutant(
+        "rules/conv/geometry.py",
+        "if any(widths) else t",
+        "if all(widths) else t",
+        "test_conv_kernels.py::test_every_kernel_on_every_geometry -k unfold",
+        "convolutions padded along one axis alone are taken for ones without padding",
+    ),
+    Mutant(
         "rules/conv/kernels.py",
         "for p in reversed(geometry.padding)",
         "for p in geometry.padding",
