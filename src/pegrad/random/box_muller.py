@@ -43,7 +43,7 @@ def box_muller(radius_words: Tensor, angle_words: Tensor, precision: Precision) 
     """Make two independent standard normals of two independent integers.
 
     Args:
-        radius_words: int64, uniform over its 64 bits.
+        radius_words: int64, uniform over its 64 bits; or those in `precision.compute` already.
         angle_words: of `precision.word`, uniform over its bits, of the same shape.
         precision: of the result.
 
