@@ -234,12 +234,13 @@ def test_a_compiled_function_draws_anew_for_every_key(cipher):
         assert torch.equal(compiled(key, torch.zeros(10)), random.normal(key, (10,), cipher=cipher))
 
 
-def test_the_operation_of_aes_is_sound():
-    """Catches: a schema or a fake that does not say what the operation does."""
-    derived = random.leaf_keys(random.key(1), [torch.zeros(1)], cipher=Cipher.AES)[0]
+def test_the_operations_of_aes_are_sound():
+    """Catches: a schema or a fake that does not say what an operation does."""
+    derived = random.leaf_keys(random.key(1), [torch.zeros(1)] * 2, cipher=Cipher.AES)
     for dtype in (torch.float64, torch.bfloat16):
-        arguments = (derived, 300, 10, 200, dtype, torch.device("cpu"))
+        arguments = (derived[0], 300, 10, 200, dtype, torch.device("cpu"))
         torch.library.opcheck(torch.ops.pegrad.aes_normal.default, arguments)
+        torch.library.opcheck(torch.ops.pegrad.each_aes_normal.default, (derived, [3, 0], dtype, torch.device("cpu")))
 
 
 @INDUCTOR

@@ -19,6 +19,7 @@ from pegrad.compiling.comparing import worst_difference
 from pegrad.compiling.function import preferred
 from pegrad.compiling.nodes import LOOK, STAGE
 from pegrad.compiling.recording import next_stage, record
+from pegrad.random import aes
 
 MASK = torch.tensor([True, False, True, True, True])
 OTHER_MASK = torch.tensor([False, True, True, False, True])
@@ -400,6 +401,7 @@ def small_blocks(monkeypatch):
     """Blocks of so few numbers that every leaf has several."""
     monkeypatch.setattr(blocks, "BLOCK", 5)
     monkeypatch.setattr(blocks, "_LARGE", 1)
+    monkeypatch.setattr(aes, "TOGETHER", 0)
 
 
 def by_columns(matrix):
@@ -466,6 +468,7 @@ def small_kernels(monkeypatch):
     """Compiled ones for so few pairs that every leaf has several, and pairs beside."""
     monkeypatch.setattr(pairs, "_SIZES", (8, 2))
     monkeypatch.setattr(blocks, "_LARGE", 1)
+    monkeypatch.setattr(aes, "TOGETHER", 0)
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "late", "over its gradients"])
@@ -839,8 +842,9 @@ def test_recording_is_of_the_call_alone():
     assert replace(function, microbatch_size=2)(params(), batch(0)).norms.shape == (B,)
 
 
-def test_noise_and_update_are_made_leaf_by_leaf():
+def test_noise_and_update_are_made_leaf_by_leaf(monkeypatch):
     """Catches: several copies of all parameters at once, where those of one leaf will do."""
+    monkeypatch.setattr(aes, "TOGETHER", 0)  # as for large leaves
     step = pegrad.dp_sgd(net, optim.adam(0.1), clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=B)
     state = step.init(params(), pegrad.random.key(0))
     compiled = pegrad.compile(step, params(), state, batch(0), backend="eager", donate=True)

@@ -85,7 +85,7 @@ def test_noise_makes_no_second_copy_of_the_model(monkeypatch):
     """Catches: clean gradients that stay until the last noisy one is made."""
     clean: list[weakref.ref] = []
     alive: list[int] = []
-    draw, clip = random.normal_slice, ClippedGrad.finish
+    draw, clip = random.leaves.normal_slice_from, ClippedGrad.finish
 
     def clip_and_watch(*args):
         clipped = clip(*args)
@@ -97,7 +97,8 @@ def test_noise_makes_no_second_copy_of_the_model(monkeypatch):
         return draw(*args, **kwargs)
 
     monkeypatch.setattr(ClippedGrad, "finish", clip_and_watch)
-    monkeypatch.setattr(random.leaves, "normal_slice", draw_and_count)
+    monkeypatch.setattr(random.leaves, "normal_slice_from", draw_and_count)
+    monkeypatch.setattr(random.aes, "TOGETHER", 0)
     step = make()
     step(PARAMS, step.init(PARAMS, random.key(1)), BATCH)
     assert alive == [2, 1]

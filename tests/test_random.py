@@ -359,11 +359,22 @@ def test_leaves_are_drawn_together_as_each_alone(monkeypatch, cipher):
     ]
     for at_once in (1, 12, 1 << 16):
         monkeypatch.setattr(chacha, "_AT_ONCE_ON_CPU", at_once)
+        monkeypatch.setattr(aes, "TOGETHER", at_once)
         together = list(random.each_normal(random.key(3), leaves, parts, cipher=cipher))
         assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
         assert all(
             noise.untyped_storage().nbytes() == noise.nbytes for noise in together if at_once > 100 and len(noise) > 9
         )
+
+
+def test_small_leaves_are_drawn_together_past_large_ones(monkeypatch):
+    """Catches: a draw of its own for each small leaf, which costs as much as a hundred thousand numbers of a large one."""
+    drawn, alone = [], aes.normals
+    monkeypatch.setattr(aes, "normals", lambda *given: drawn.append(given[1]) or alone(*given))
+    leaves = [torch.zeros(size) for size in (3, 20_000, 5, 0, 20_000, 7)]
+    noise = list(random.each_normal(random.key(0), leaves))
+    assert drawn == [20_000, 20_000]
+    assert [len(each) for each in noise] == [3, 20_000, 5, 0, 20_000, 7]
 
 
 def test_tree_normal_is_like_the_tree():

@@ -1453,18 +1453,32 @@ MUTANTS = [
     ),
     # Random numbers
     Mutant(
-        "random/leaves.py",
-        "fold_in(key, index), numel, start, stop,",
-        "key, numel, start, stop,",
+        "random/keys.py",
+        "derive(derive(parent, _FOLD_IN, number), purpose, 0)",
+        "derive(parent, purpose, 0)",
         "test_random.py -k test_no_value_is_shared",
         "two leaves get the same noise",
     ),
     Mutant(
-        "random/leaves.py",
-        "derive_for(fold_in(key, index), NORMAL[look.cipher])",
-        "derive_for(key, NORMAL[look.cipher])",
+        "random/aes.py",
+        "stream = keystream(key)",
+        "stream = keystream(derived[0])",
         "test_random.py -k test_no_value_is_shared",
         "two leaves that are drawn together get the same noise",
+    ),
+    Mutant(
+        "random/aes.py",
+        "        begin += count\n    radius_words",
+        "        begin += count // 2\n    radius_words",
+        "test_random.py -k drawn_together",
+        "a leaf's words are partly written over by the next one's",
+    ),
+    Mutant(
+        "random/leaves.py",
+        "if size <= at_once(look):",
+        "if True:",
+        "test_random.py -k drawn_together",
+        "each small leaf after a large one is drawn alone",
     ),
     Mutant(
         "random/ciphers.py",

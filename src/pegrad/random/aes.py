@@ -3,6 +3,7 @@
 On an accelerator the arithmetic runs there, of words that are copied to it block by block.
 """
 
+from collections.abc import Sequence
 from threading import local
 from typing import cast
 
@@ -11,7 +12,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from torch import Tensor
 
-from pegrad.random.box_muller import Precision, fill, precision_of
+from pegrad.random.box_muller import Precision, box_muller, fill, precision_of
 
 # Normals are made in blocks: working memory stays at a few megabytes, in cache, however large the request.
 # Part of what a key means: another value gives other numbers.
@@ -43,9 +44,17 @@ class Room:
 
     def taken(self, stream: CipherContext, size: int) -> Tensor:
         """Take the next `size` bytes of a keystream, `uint8`: overwritten by those that are taken after them."""
-        for start in range(0, size, _AT_ONCE):
-            count = min(_AT_ONCE, size - start)
+        self.enter(stream, 0, size)
+        return self.entered(size)
+
+    def enter(self, stream: CipherContext, begin: int, size: int) -> None:
+        """Take the next `size` bytes of a keystream for the place that begins there."""
+        for start in range(begin, begin + size, _AT_ONCE):
+            count = min(_AT_ONCE, begin + size - start)
             stream.update_into(self._zeros[:count], self._buffer[start : start + count + 15])
+
+    def entered(self, size: int) -> Tensor:
+        """View the first `size` bytes, `uint8`."""
         return torch.from_numpy(np.frombuffer(self._buffer, np.uint8, size))
 
 
@@ -97,6 +106,39 @@ def normals(derived: bytes, numel: int, start: int, stop: int, dtype: torch.dtyp
     return out.to(dtype)
 
 
+TOGETHER = 1 << 14
+"""Up to so many numbers are worth drawing together, whoever they are for."""
+
+
+def each_normal(
+    derived: Sequence[bytes], numels: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Draw all the normals of several derived keys, of few numbers each, in hardly more operations than of one.
+
+    Args:
+        derived: 32 bytes each; see `normals`.
+        numels: how many numbers each has, at most 2^18.
+        dtype: see `normals`.
+        device: see `normals`.
+
+    Returns:
+        For each what `normals` returns, bit for bit.
+    """
+    precision = precision_of(dtype)
+    pairs = [(numel + 1) // 2 for numel in numels]
+    radius, angle = torch.int64.itemsize, precision.word.itemsize
+    radii, angles, begin = Room(sum(pairs) * radius), Room(sum(pairs) * angle), 0
+    for key, count in zip(derived, pairs, strict=True):
+        stream = keystream(key)
+        radii.enter(stream, begin * radius, count * radius)
+        angles.enter(stream, begin * angle, count * angle)
+        begin += count
+    radius_words = radii.entered(begin * radius).view(torch.int64).to(device)
+    angle_words = angles.entered(begin * angle).view(precision.word).to(device)
+    halves = (half.to(dtype).split(pairs) for half in box_muller(radius_words, angle_words, precision))
+    return [torch.cat([cos, sin])[:numel] for numel, cos, sin in zip(numels, *halves, strict=True)]
+
+
 def words_of_block(derived: bytes, numel: int, begin: int, precision: Precision) -> tuple[Tensor, Tensor]:
     """Take what a block of `numel` standard normals is made of: `box_muller`'s integers, of radii and of angles.
 
@@ -136,6 +178,17 @@ def _fill(stream: CipherContext, room: Room, precision: Precision, out: Tensor) 
 def aes_normal(derived: Tensor, numel: int, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`normals`, as one operation of a graph, which takes the derived key as a tensor, `uint8` of shape (32,)."""
     return normals(bytes(derived.tolist()), numel, start, stop, dtype, device)
+
+
+@torch.library.custom_op("pegrad::each_aes_normal", mutates_args=())
+def each_aes_normal(derived: Tensor, numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """`each_normal`, as one operation of a graph, which takes the derived keys as a tensor, of shape (n, 32)."""
+    return each_normal([*map(bytes, derived.tolist())], numels, dtype, device)
+
+
+@each_aes_normal.register_fake
+def _(derived: Tensor, numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [torch.empty(numel, dtype=dtype, device=device) for numel in numels]
 
 
 @aes_normal.register_fake

@@ -133,7 +133,13 @@ def normal_slice(
     numel, start, stop = checked_part(numel, start, stop)
     device = torch.empty(0, device=device).device
     cipher = chosen(cipher, device)
-    derived = derive_for(key, NORMAL[cipher])
+    return normal_slice_from(derive_for(key, NORMAL[cipher]), numel, start, stop, dtype, device, cipher)
+
+
+def normal_slice_from(
+    derived: bytes, numel: int, start: int, stop: int, dtype: torch.dtype, device: torch.device, cipher: Cipher
+) -> Tensor:
+    """Draw what `normal_slice` does of a key that gives these 32 bytes for the purpose; nothing is checked."""
     if cipher is Cipher.AES:
         return aes.normals(derived, numel, start, stop, dtype, device)
     words, at_once = _words(derived, device), chacha.at_once(device)

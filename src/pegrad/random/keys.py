@@ -8,7 +8,7 @@ import hashlib
 import operator
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.overrides import get_default_nowrap_functions
 
 from pegrad.errors import ArgumentError
+from pegrad.torch_internals import without_subclasses
 
 KEY_BYTES = 32
+_FOLD_IN = b"pegrad fold_in"
 
 
 class Key(Tensor):
@@ -97,7 +99,7 @@ def fold_in(key: Tensor, data: int) -> Key:
     Raises:
         ArgumentError: `key` is not a key, or `data` is negative or not an integer.
     """
-    return as_key(derive(key_bytes(key), b"pegrad fold_in", natural("data", data)))
+    return as_key(derive(key_bytes(key), _FOLD_IN, natural("data", data)))
 
 
 def split(key: Tensor, num: int = 2) -> tuple[Key, ...]:
@@ -137,6 +139,16 @@ def derive_for(key: Tensor, purpose: bytes) -> bytes:
     return derive(key_bytes(key), purpose, 0)
 
 
+def derive_for_each(key: Tensor, uses: Iterable[tuple[int, bytes]]) -> list[bytes]:
+    """Derive, for each number and purpose, what `derive_for(fold_in(key, number), purpose)` would.
+
+    Raises:
+        ArgumentError: `key` is not a key, or a graph is being traced.
+    """
+    parent = key_bytes(key)
+    return [derive(derive(parent, _FOLD_IN, number), purpose, 0) for number, purpose in uses]
+
+
 def as_key(digest: bytes) -> Key:
     """Make a key of 32 bytes."""
     return torch.tensor(list(digest), dtype=torch.uint8, device="cpu").as_subclass(Key)
@@ -158,7 +170,8 @@ def key_bytes(key: Tensor) -> bytes:
             "constant of the graph, and its noise the same at every run. Derive keys outside, by "
             "pegrad.random.leaf_keys, make them an input of the graph, and draw by each_normal_from."
         )
-    return bytes(key.tolist())
+    with without_subclasses():  # `Key` would look at each of the numbers
+        return bytes(key.tolist())
 
 
 def refuse_constant(derived: Tensor) -> None:

@@ -4,7 +4,8 @@ In a graph, a key must be an input: one that is a constant of it repeats its noi
 refuses to be traced. Derive outside, by `leaf_keys`, and draw inside, by `each_normal_from`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ from pegrad.errors import ArgumentError, LeafError
 from pegrad.random import aes, chacha
 from pegrad.random.box_muller import PRECISION
 from pegrad.random.ciphers import NORMAL, Cipher, chosen
-from pegrad.random.draws import checked_part, normal_slice
-from pegrad.random.keys import KEY_BYTES, check_key, derive_for, fold_in, refuse_constant
+from pegrad.random.draws import checked_part, normal_slice_from
+from pegrad.random.keys import KEY_BYTES, derive_for_each, refuse_constant
 from pegrad.torch_internals import without_subclasses
 
 
@@ -56,8 +57,7 @@ def leaf_keys(key: Tensor, tree: trees.PyTree, *, cipher: Cipher | None = None) 
         ArgumentError: `key` is not a key, the cipher is none of the two, or a graph is being traced.
         LeafError: a leaf is not a tensor of float64, float32, bfloat16 or float16.
     """
-    looks = _looks(tree, (), cipher)
-    return _rows(key, enumerate(looks))
+    return _rows(_derived(key, _looks(tree, (), cipher)))
 
 
 def tree_normal(key: Tensor, tree: trees.PyTree, *, cipher: Cipher | None = None) -> trees.PyTree:
@@ -87,7 +87,7 @@ def each_normal(
 ) -> Iterator[Tensor]:
     """Draw the leaves of `tree_normal` one by one, each when it is asked for; arguments and errors are the same.
 
-    By ChaCha20 small leaves in a row are drawn together.
+    Small leaves are drawn together.
 
     Args:
         key: see `tree_normal`.
@@ -96,20 +96,21 @@ def each_normal(
         cipher: see `tree_normal`.
     """
     looks = _looks(tree, parts, cipher)  # holds no leaf
-    check_key(key)
+    derived = _derived(key, looks)
 
     def drawn() -> Iterator[Tensor]:
-        for group in _groups(looks):
+        groups = {group[0]: group for group in _groups(looks, _at_once)}
+        waiting: dict[int, Tensor] = {}
+        for index, look in enumerate(looks):
+            group = groups.get(index, ())
             if len(group) > 1:
-                some = [looks[index] for index in group]
-                for noise in _drawn_together(_rows(key, zip(group, some, strict=True)), some):
-                    yield noise.clone()  # not a view that keeps the others
-                continue
-            index = group[0]
-            (shape, dtype, device, (numel, start, stop), cipher) = looks[index]
-            yield normal_slice(fold_in(key, index), numel, start, stop, dtype=dtype, device=device, cipher=cipher).view(
-                shape
-            )
+                some = _drawn_together(_rows([derived[i] for i in group]), [looks[i] for i in group])
+                waiting.update(zip(group, (noise.clone() for noise in some), strict=True))  # no view of the others
+            yield (
+                waiting.pop(index)
+                if index in waiting
+                else normal_slice_from(derived[index], *look.part, look.dtype, look.device, look.cipher)
+            ).view(look.shape)
 
     return drawn()
 
@@ -120,8 +121,8 @@ def each_normal_from(
     """Draw as `each_normal`, from keys that are derived already: for a graph, which takes the derived keys as an input.
 
     By ChaCha20 the graph is of plain operations: all leaves of one device and dtype are drawn together, in hardly more
-    operations than one, at some 50 bytes of memory for each number. By AES it has one for each leaf,
-    `pegrad::aes_normal`.
+    operations than one, at some 50 bytes of memory for each number. By AES it has one for each large leaf,
+    `pegrad::aes_normal`, and `pegrad::each_aes_normal` for several small ones.
 
     Args:
         derived: what `leaf_keys` returns, `uint8` of shape (leaves, 32), on any device.
@@ -150,7 +151,13 @@ def each_normal_from(
             )
         )
     refuse_constant(derived)
-    return _drawn_together(derived, looks)
+    with without_subclasses():  # what comes of a `Key` is a plain tensor, as tracers want them
+        rows = derived.unbind()
+    drawn: dict[int, Tensor] = {}
+    for group in _groups(looks, _at_once_in_a_graph):
+        some = _drawn_together([rows[index] for index in group], [looks[index] for index in group])
+        drawn.update(zip(group, some, strict=True))
+    return [drawn[index] for index in range(len(looks))]
 
 
 def _looks(tree: trees.PyTree, parts: Sequence[Part | None], cipher: Cipher | None) -> list[_Look]:
@@ -172,37 +179,46 @@ def _looks(tree: trees.PyTree, parts: Sequence[Part | None], cipher: Cipher | No
     ]
 
 
-def _groups(looks: Sequence[_Look]) -> Iterator[list[int]]:
-    """Cut the leaves' numbers, in order, into runs that are drawn together: a single one, or several by ChaCha20."""
-    run: list[int] = []
-    for index, look in enumerate(looks):
-        last = looks[run[-1]] if run else look
-        size = sum(looks[each].part.stop - looks[each].part.start for each in [*run, index])
-        fits = look.cipher is Cipher.CHACHA20 and _kind(look) == _kind(last) and size <= chacha.at_once(look.device)
-        if run and not fits:
-            yield run
-            run = []
-        run.append(index)
-    if run:
-        yield run
+def _at_once(look: _Look) -> float:
+    """How many numbers are drawn together, outside of graphs."""
+    return aes.TOGETHER if look.cipher is Cipher.AES else chacha.at_once(look.device)
 
 
-def _drawn_together(derived: Tensor, looks: Sequence[_Look]) -> list[Tensor]:
-    """Draw leaves from their derived keys, one a row: by ChaCha20 all of one kind at once."""
-    with without_subclasses():  # what comes of a `Key` is a plain tensor, as tracers want them
-        rows = derived.unbind()
-    drawn: dict[int, Tensor] = {}
-    kinds: dict[tuple, list[int]] = {}
+def _at_once_in_a_graph(look: _Look) -> float:
+    """How many numbers one operation draws, or by ChaCha20 some 600 of them."""
+    return aes.TOGETHER if look.cipher is Cipher.AES else math.inf
+
+
+def _groups(looks: Sequence[_Look], at_once: Callable[[_Look], float]) -> list[list[int]]:
+    """Tell which leaves, by their numbers, are drawn together: of one kind, and no more than so many numbers."""
+    groups: list[list[int]] = []
+    last: dict[tuple, tuple[list[int], int]] = {}  # of each kind the last group, and how many numbers that has
     for index, look in enumerate(looks):
-        if look.cipher is Cipher.AES:
-            drawn[index] = aes.aes_normal(rows[index], *look.part, look.dtype, look.device)
-        else:
-            kinds.setdefault(_kind(look), []).append(index)
-    for (device, _, _), indices in kinds.items():
-        words = chacha.key_words(torch.stack([rows[index] for index in indices]).to(device))
-        spans = [(looks[index].part.start, looks[index].part.stop) for index in indices]
-        drawn.update(zip(indices, chacha.each_normal(words, spans, looks[indices[0]].dtype), strict=True))
-    return [drawn[index].view(look.shape) for index, look in enumerate(looks)]
+        # AES is entered at the beginning of what it makes.
+        size = look.part.numel if look.cipher is Cipher.AES else look.part.stop - look.part.start
+        group, before = last.get(_kind(look), ([], 0))
+        if not group or before + size > at_once(look):
+            group, before = [], 0
+            groups.append(group)
+        group.append(index)
+        if size <= at_once(look):  # what is larger interrupts nothing
+            last[_kind(look)] = group, before + size
+    return groups
+
+
+def _drawn_together(derived: Sequence[Tensor], looks: Sequence[_Look]) -> list[Tensor]:
+    """Draw leaves of one kind from their derived keys, `uint8` of shape (32,) each."""
+    device, cipher, dtype = _kind(looks[0])
+    spans = [(look.part.start, look.part.stop) for look in looks]
+    if cipher is Cipher.CHACHA20:
+        drawn = chacha.each_normal(chacha.key_words(torch.stack([*derived]).to(device)), spans, dtype)
+    elif len(looks) == 1:
+        drawn = [aes.aes_normal(derived[0], *looks[0].part, dtype, device)]
+    else:
+        numels = [look.part.numel for look in looks]
+        whole = aes.each_aes_normal(torch.stack([*derived]), numels, dtype, device)
+        drawn = [leaf[slice(*span)] for leaf, span in zip(whole, spans, strict=True)]
+    return [noise.view(look.shape) for noise, look in zip(drawn, looks, strict=True)]
 
 
 def _kind(look: _Look) -> tuple[torch.device, Cipher, torch.dtype]:
@@ -210,7 +226,11 @@ def _kind(look: _Look) -> tuple[torch.device, Cipher, torch.dtype]:
     return look.device, look.cipher, look.dtype
 
 
-def _rows(key: Tensor, looks: Iterable[tuple[int, _Look]]) -> Tensor:
-    """Derive what leaves of the given numbers are drawn from: `uint8` of shape (leaves, 32)."""
-    derived = b"".join(derive_for(fold_in(key, index), NORMAL[look.cipher]) for index, look in looks)
-    return torch.tensor(list(derived), dtype=torch.uint8, device="cpu").view(-1, KEY_BYTES)
+def _derived(key: Tensor, looks: Iterable[_Look]) -> list[bytes]:
+    """Derive what each leaf is drawn from."""
+    return derive_for_each(key, enumerate(NORMAL[look.cipher] for look in looks))
+
+
+def _rows(derived: Sequence[bytes]) -> Tensor:
+    """Make a tensor of derived keys, `uint8` of shape (leaves, 32)."""
+    return torch.tensor([*map(list, derived)], dtype=torch.uint8, device="cpu").view(-1, KEY_BYTES)
