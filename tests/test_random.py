@@ -368,7 +368,7 @@ def test_leaves_are_drawn_together_as_each_alone(monkeypatch, cipher):
 
 
 def test_small_leaves_are_drawn_together_past_large_ones(monkeypatch):
-    """Catches: a draw of its own for each small leaf, which costs as much as a hundred thousand numbers of a large one."""
+    """Catches: a draw of its own for each small leaf, which costs as much as thousands of numbers of a large one."""
     drawn, alone = [], aes.normals
     monkeypatch.setattr(aes, "normals", lambda *given: drawn.append(given[1]) or alone(*given))
     leaves = [torch.zeros(size) for size in (3, 20_000, 5, 0, 20_000, 7)]

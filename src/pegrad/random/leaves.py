@@ -104,7 +104,7 @@ def each_normal(
         for index, look in enumerate(looks):
             group = groups.get(index, ())
             if len(group) > 1:
-                some = _drawn_together(_rows([derived[i] for i in group]), [looks[i] for i in group])
+                some = _drawn_together(_rows([derived[i] for i in group]).unbind(), [looks[i] for i in group])
                 waiting.update(zip(group, (noise.clone() for noise in some), strict=True))  # no view of the others
             yield (
                 waiting.pop(index)
