@@ -8,6 +8,7 @@ once. Nothing here brings the compiler along: what needs it is imported by those
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from ctypes import CDLL
 from functools import partial, reduce
 from importlib import import_module
 from typing import Any
@@ -231,6 +232,17 @@ def inductor_settings(settings: dict[str, Any]) -> AbstractContextManager[None]:
     from torch._inductor import config
 
     return config.patch(settings)
+
+
+def cpp_library(source: str) -> CDLL:
+    """Compile C++ as Inductor does its kernels, for this processor, and load it; what was compiled before is kept.
+
+    Raises:
+        Exception: there is no compiler, or it refuses.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source, "cpu")
 
 
 # Operations as a mode sees them, below autograd and all transforms.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pegrad.compiling.blocks import by_blocks
+from pegrad.compiling.lstm import by_kernel
 from pegrad.errors import ArgumentError, CompileError
 from pegrad.torch_internals import compiler, inductor_settings
 
@@ -51,7 +52,8 @@ class Backend(NamedTuple):
             try:
                 with _settings(self), torch.no_grad(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # PyTorch's, of its own doings
-                    return compile_graph(graph, list(tensors))
+                    given = by_kernel(graph, tensors) if self.name == "inductor" else graph
+                    return compile_graph(given, list(tensors))
             except Exception as error:
                 raise CompileError(
                     f"Backend {self} cannot compile the graph: {type(error).__name__} (above)"

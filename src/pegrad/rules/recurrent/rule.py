@@ -11,8 +11,9 @@ from pegrad.rules.bias import Bias, over_leading
 from pegrad.rules.gram import Gram, SharedGram, gram
 from pegrad.rules.linear import LinearWeight, linear
 from pegrad.rules.recurrent.calls import States, Weights, is_packed, read_sequences, read_step, refuse_packed
+from pegrad.rules.recurrent.lstm import LSTM
 from pegrad.rules.recurrent.steps import CELLS, SEQUENCES, Cell, has_steps, recur
-from pegrad.rules.recurrent.sweeps import GRU, LSTM, Elman, Sweep, Swept
+from pegrad.rules.recurrent.sweeps import GRU, Elman, Sweep, Swept
 from pegrad.rules.site import Recorder, Rule, Send, Site
 from pegrad.torch_internals import PACK, PAD
 

@@ -82,24 +82,24 @@ class Elman(Sweep):
         self, ih: Tensor, states: States, weights: Weights, backwards: bool
     ) -> tuple[Tensor, States, tuple[Tensor, ...]]:
         """See `Sweep.forward`."""
-        steps = _order(ih, backwards)
-        track = _track(states[0], ih.shape[1], backwards)
-        past, now = _beside(track, backwards)
-        _add_bias(ih, weights.bias_ih, now)
-        pasts, nows, hh = past.unbind(1), now.unbind(1), _transposed(weights.hh)
+        steps = order_of(ih, backwards)
+        track = track_of(states[0], ih.shape[1], backwards)
+        past, now = beside(track, backwards)
+        add_bias(ih, weights.bias_ih, now)
+        pasts, nows, hh = past.unbind(1), now.unbind(1), transposed(weights.hh)
         activate = torch.relu_ if self._relu else torch.tanh_
         for t in steps:
             activate(nows[t].addmm_(pasts[t], hh))
-        return _copy(now), (nows[steps[-1]].clone(),), (track,)
+        return copied(now), (nows[steps[-1]].clone(),), (track,)
 
     def backward(
         self, saved: tuple[Tensor, ...], weights: Weights, backwards: bool, output: Tensor, states: States
     ) -> Found:
         """See `Sweep.backward`."""
-        past, now = _beside(saved[0], backwards)
+        past, now = beside(saved[0], backwards)
         grads = (now > 0).to(now.dtype) if self._relu else 1 - now.square()
         parts = grads.unbind(1)
-        grad, way = _way_back(states[0], output, backwards)
+        grad, way = way_back(states[0], output, backwards)
         for t, inflow in way:
             grad = torch.addmm(inflow, parts[t].mul_(grad), weights.hh)
         return Found(grads, (grad,), (past, grads))
@@ -114,12 +114,12 @@ class GRU(Sweep):
         self, ih: Tensor, states: States, weights: Weights, backwards: bool
     ) -> tuple[Tensor, States, tuple[Tensor, ...]]:
         """See `Sweep.forward`."""
-        steps, size = _order(ih, backwards), ih.shape[2] // 3
-        track = _track(states[0], ih.shape[1], backwards)
-        past, now = _beside(track, backwards)
+        steps, size = order_of(ih, backwards), ih.shape[2] // 3
+        track = track_of(states[0], ih.shape[1], backwards)
+        past, now = beside(track, backwards)
         gates = ih if weights.bias_ih is None else ih.add_(weights.bias_ih)
         candidates = ih.new_empty(*ih.shape[:2], size)  # W h, as the reset gate meets it
-        pasts, nows, hh = past.unbind(1), now.unbind(1), _transposed(weights.hh)
+        pasts, nows, hh = past.unbind(1), now.unbind(1), transposed(weights.hh)
         both, resets, updates, news = (gates[..., a * size : b * size].unbind(1) for a, b in _GRU_GATES)
         kept = candidates.unbind(1)
         for t in steps:
@@ -128,14 +128,14 @@ class GRU(Sweep):
             both[t].add_(product[:, : 2 * size]).sigmoid_()
             news[t].addcmul_(resets[t], kept[t]).tanh_()
             torch.lerp(news[t], pasts[t], updates[t], out=nows[t])
-        return _copy(now), (nows[steps[-1]].clone(),), (track, gates, candidates)
+        return copied(now), (nows[steps[-1]].clone(),), (track, gates, candidates)
 
     def backward(
         self, saved: tuple[Tensor, ...], weights: Weights, backwards: bool, output: Tensor, states: States
     ) -> Found:
         """See `Sweep.backward`."""
         track, gates, candidates = saved
-        past, _ = _beside(track, backwards)
+        past, _ = beside(track, backwards)
         reset, update, new = gates.chunk(3, -1)
         grads = torch.empty_like(gates)  # at the product of the hidden state
         at_reset, at_update, at_new = grads.chunk(3, -1)
@@ -144,7 +144,7 @@ class GRU(Sweep):
         torch.mul(candidates, at_new, out=at_reset).mul_(1 - reset)
         torch.sub(past, new, out=at_update).mul_(update).mul_(1 - update)
         parts, factors, updates = grads.unflatten(2, (3, -1)).unbind(1), factor.unbind(1), update.unbind(1)
-        grad, way = _way_back(states[0], output, backwards)
+        grad, way = way_back(states[0], output, backwards)
         for t, inflow in way:
             parts[t].mul_(grad[:, None])
             factors[t].mul_(grad)
@@ -157,104 +157,30 @@ class GRU(Sweep):
 _GRU_GATES = ((0, 2), (0, 1), (1, 2), (2, 3))
 
 
-class LSTM(Sweep):
-    """`c = f c + i g` and `h = o tanh(c)`, projected or not, with gates i, f, o and the new cell g.
-
-    Gates are `(4, N, T, H)`, in the order i, f, g, o. In memory steps come first and then the gates, so that all that a
-    step does runs over contiguous memory.
-    """
-
-    def forward(
-        self, ih: Tensor, states: States, weights: Weights, backwards: bool
-    ) -> tuple[Tensor, States, tuple[Tensor, ...]]:
-        """See `Sweep.forward`."""
-        steps = _order(ih, backwards)
-        hidden, cell = (_track(state, len(steps), backwards) for state in states)
-        (past, now), (past_cell, now_cell) = _beside(hidden, backwards), _beside(cell, backwards)
-        gates = ih.new_empty(len(steps), 4, ih.shape[0], ih.shape[2] // 4).permute(1, 2, 0, 3)
-        _add_bias(_by_gate(ih), None if weights.bias_ih is None else _by_gate(weights.bias_ih[None, None]), gates)
-        squashed = torch.empty_like(gates[0])
-        whole = now if weights.hr is None else torch.empty_like(squashed)  # the hidden state before its projection
-        hh = weights.hh.unflatten(0, (4, -1)).mT.contiguous()
-        hr = None if weights.hr is None else _transposed(weights.hr)
-        # The hidden state before a step, once for every gate.
-        pasts, nows, wholes = past.expand(4, *past.shape).unbind(2), now.unbind(1), whole.unbind(1)
-        past_cells, now_cells, tanhs = past_cell.unbind(1), now_cell.unbind(1), squashed.unbind(1)
-        rows, both = gates.unbind(2), gates[:2].unbind(2)
-        ins, forgets, news, outs = (gate.unbind(1) for gate in gates)
-        for t in steps:
-            rows[t].baddbmm_(pasts[t], hh)
-            both[t].sigmoid_()
-            news[t].tanh_()
-            outs[t].sigmoid_()
-            torch.mul(forgets[t], past_cells[t], out=now_cells[t]).addcmul_(ins[t], news[t])
-            torch.tanh(now_cells[t], out=tanhs[t])
-            torch.mul(tanhs[t], outs[t], out=wholes[t])
-            if hr is not None:
-                torch.mm(wholes[t], hr, out=nows[t])
-        last = nows[steps[-1]].clone(), now_cells[steps[-1]].clone()
-        return _copy(now), last, (gates, hidden, cell, squashed, *([] if weights.hr is None else [whole]))
-
-    def backward(
-        self, saved: tuple[Tensor, ...], weights: Weights, backwards: bool, output: Tensor, states: States
-    ) -> Found:
-        """See `Sweep.backward`."""
-        gates, hidden, cell, squashed, *whole = saved
-        past, _ = _beside(hidden, backwards)
-        past_cell, _ = _beside(cell, backwards)
-        gate_in, forget, new, gate_out = gates
-        factors = torch.empty_like(gates)
-        _SIGMOID_BACK(new, gate_in, grad_input=factors[0])
-        _SIGMOID_BACK(past_cell, forget, grad_input=factors[1])
-        _TANH_BACK(gate_in, new, grad_input=factors[2])
-        _SIGMOID_BACK(squashed, gate_out, grad_input=factors[3])
-        to_cells = _TANH_BACK(gate_out, squashed, grad_input=torch.empty_like(squashed)).unbind(1)
-        by_cell, by_hidden, forgets = factors[:3].unbind(2), factors[3].unbind(1), forget.unbind(1)
-        grads = gates.new_empty(*past.shape[:2], weights.hh.shape[0])
-        rows, at_gates = grads.unbind(1), _by_gate(grads)
-        at_cell, at_out = at_gates[:3].unbind(2), at_gates[3].unbind(1)
-        projected = torch.empty_like(output, memory_format=torch.contiguous_format) if whole else None
-        grad, way = _way_back(states[0], output, backwards)
-        grad_cell = states[1].clone()
-        for t, inflow in way:
-            if projected is not None and weights.hr is not None:
-                projected[:, t] = grad
-                grad = grad @ weights.hr
-            torch.mul(by_hidden[t], grad, out=at_out[t])
-            grad_cell.addcmul_(grad, to_cells[t])
-            torch.mul(by_cell[t], grad_cell, out=at_cell[t])
-            grad_cell.mul_(forgets[t])
-            grad = torch.addmm(inflow, rows[t], weights.hh)
-        return Found(grads, (grad, grad_cell), (past, grads), None if projected is None else (whole[0], projected))
-
-
-# `(gradient, value)` to the gradient before the activation, each in one pass.
-_SIGMOID_BACK, _TANH_BACK = torch.ops.aten.sigmoid_backward.grad_input, torch.ops.aten.tanh_backward.grad_input
-
-
-def _transposed(weight: Tensor) -> Tensor:
+def transposed(weight: Tensor) -> Tensor:
     """Transpose a weight in memory: small products with it, step after step, take half the time."""
     return weight.T.contiguous()
 
 
-def _order(ih: Tensor, backwards: bool) -> list[int]:
+def order_of(ih: Tensor, backwards: bool) -> list[int]:
+    """List the steps of `(N, T, ·)` in the order in which they run."""
     steps = list(range(ih.shape[1]))
     return steps[::-1] if backwards else steps
 
 
-def _way_back(last: Tensor, output: Tensor, backwards: bool) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
+def way_back(last: Tensor, output: Tensor, backwards: bool) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
     """Find the gradient at the hidden state after the step that ran last, and go through the steps from there.
 
     Each comes with the gradient at the output of the one that ran before it, for a product to be added to; zeros come
     with the one that ran first.
     """
     inflows = output.unbind(1)
-    way = _order(output, backwards)[::-1]
+    way = order_of(output, backwards)[::-1]
     before = [*(inflows[t] for t in way[1:]), output.new_zeros(()).expand_as(last)]
     return last + inflows[way[0]], zip(way, before, strict=True)
 
 
-def _add_bias(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def add_bias(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Add the bias, if there is one, and write to where the product is to lie, in one pass."""
     if bias is None:
         out.copy_(product)
@@ -262,17 +188,12 @@ def _add_bias(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.add(product, bias, out=out)
 
 
-def _by_gate(rows: Tensor) -> Tensor:
-    """View `(N, T, 4H)` as `(4, N, T, H)`."""
-    return rows.unflatten(2, (4, -1)).movedim(2, 0)
-
-
-def _copy(states: Tensor) -> Tensor:
+def copied(states: Tensor) -> Tensor:
     """Copy the states after every step for the caller, contiguous as `(N, T, ·)`."""
     return states.clone(memory_format=torch.contiguous_format)
 
 
-def _track(first: Tensor, steps: int, backwards: bool) -> Tensor:
+def track_of(first: Tensor, steps: int, backwards: bool) -> Tensor:
     """Make room for a state before and after every step, `(N, T + 1, ·)`, and enter the first.
 
     In memory steps come first, so that each step's states are contiguous.
@@ -282,7 +203,7 @@ def _track(first: Tensor, steps: int, backwards: bool) -> Tensor:
     return track
 
 
-def _beside(track: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
+def beside(track: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
     """Take the states before and after every step from a track, each `(N, T, ·)`."""
     return (track[:, 1:], track[:, :-1]) if backwards else (track[:, :-1], track[:, 1:])
 
