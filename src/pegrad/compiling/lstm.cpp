@@ -14,7 +14,7 @@ namespace {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t V = Vec::size();
 constexpr int64_t WIDE = 2 * V;  // columns that are made at a time on the way back
-constexpr int ROWS = 2, ROWS_BACK = 4;  // as many as the registers hold sums of
+constexpr int ROWS = 3, ROWS_BACK = 6;  // as many as the registers hold sums of
 
 Vec load(const float* from) { return Vec::loadu(from); }
 
@@ -113,6 +113,7 @@ extern "C" int64_t lstm_columns() { return WIDE; }
 extern "C" void lstm(const float* ih, const float* bias, const float* hh, float* gates, float* hidden, float* cell,
                      float* squashed, int64_t N, int64_t T, int64_t H, bool backwards) {
   std::vector<float> packed(4 * H * H);
+#pragma omp parallel for
   for (int64_t j = 0; j < H; ++j)
     for (int64_t gate = 0; gate < 4; ++gate)
       for (int64_t k = 0; k < H; ++k) packed[((j / V * H + k) * 4 + gate) * V + j % V] = hh[(gate * H + j) * H + k];
@@ -139,6 +140,7 @@ extern "C" void lstm_back(const float* gates, const float* cell, const float* sq
                           int64_t output_n, int64_t output_t, const float* hh, float* grads, float* grad_hidden,
                           float* grad_cell, int64_t N, int64_t T, int64_t H, bool backwards) {
   std::vector<float> packed(4 * H * H);
+#pragma omp parallel for
   for (int64_t k = 0; k < 4 * H; ++k)
     for (int64_t j = 0; j < H; ++j) packed[(j / WIDE * 4 * H + k) * WIDE + j % WIDE] = hh[k * H + j];
   const Back run{gates, cell, squashed, output, output_n, output_t, grads, grad_hidden, grad_cell, N, T, H};
