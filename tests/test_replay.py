@@ -48,21 +48,21 @@ class Recording:
 def recorded(monkeypatch, step, *arguments):
     """Take a step, and keep what was added up in it."""
     seen = Recording([], [])
-    clip, draw = ClippedGrad.finish, random.normal_slice
+    clip, draw = ClippedGrad.finish, random.each_normal
 
     def clip_and_keep(*args):
         out = clip(*args)
         seen.sums.append(trees.map(torch.clone, out))
         return out
 
-    def draw_and_keep(*args, **kwargs):
-        out = draw(*args, **kwargs)
-        seen.noise.append(out.clone())
-        return out
+    def draw_and_keep(*args):
+        for out in draw(*args):
+            seen.noise.append(out.flatten().clone())
+            yield out
 
     with monkeypatch.context() as patch:
         patch.setattr(ClippedGrad, "finish", clip_and_keep)
-        patch.setattr(random.leaves, "normal_slice", draw_and_keep)
+        patch.setattr(random, "each_normal", draw_and_keep)
         return step(*arguments), seen
 
 

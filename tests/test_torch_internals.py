@@ -503,6 +503,19 @@ def test_backends_compile_graphs():
     assert (config.fallback_random, config.pattern_matcher) == before
 
 
+@pins("cpp_library")
+def test_a_library_of_cpp():
+    """C++ is compiled with OpenMP and PyTorch's vectors, and functions are called by their names."""
+    source = """
+        #include <ATen/cpu/vec/vec.h>
+        #include <omp.h>
+        extern "C" int64_t numbers() { return omp_get_max_threads() * at::vec::Vectorized<float>::size(); }
+    """
+    assert internals.cpp_library(source).numbers() >= 4
+    with pytest.raises(Exception, match="error"):
+        internals.cpp_library("no C++")
+
+
 @pins("TorchDispatchMode", "Operation", "written", "returns_view", "in_place")
 def test_a_mode_sees_operations():
     """A dispatch mode sees operations below autograd and `vmap`; their schemas say what they write to and alias.
