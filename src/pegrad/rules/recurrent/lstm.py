@@ -1,8 +1,10 @@
 """An LSTM's layer over a whole sequence, forward and backward through time, written by hand.
 
-Gates are i, f, g, o: `(4, N, T, H)`, of which in memory steps come first and then the gates, so that all that a step
-does runs over contiguous memory.
+Gates are i, f, g, o: `(T, 4, N, H)`, so that all that a step does runs over contiguous memory.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,10 +32,8 @@ class LSTM(Sweep):
         """See `Sweep.forward`."""
         h, c = states
         bias = ih.new_zeros(ih.shape[2]) if weights.bias_ih is None else weights.bias_ih
-        if weights.hr is None and assumptions.current():
-            found = lstm(ih, bias, h, c, weights.hh, backwards)
-        else:
-            found = run(ih, bias, h, c, weights.hh, backwards, weights.hr)
+        steps: Steps = lstm if _is_one_operation(weights) else partial(run, hr=weights.hr)
+        found = steps(ih, bias, h, c, weights.hh, backwards)
         _, hidden, cell, *_ = found
         _, now = beside(hidden.transpose(0, 1), backwards)
         last = 0 if backwards else -1
@@ -45,13 +45,19 @@ class LSTM(Sweep):
         """See `Sweep.backward`."""
         gates, hidden, cell, squashed, *whole = saved
         h, c = states
-        if weights.hr is None and assumptions.current():
-            grads, *first = lstm_back(gates, cell, squashed, output, h, c, weights.hh, backwards)
-        else:
-            grads, *first = run_back(gates, cell, squashed, output, h, c, weights.hh, backwards, weights.hr)
+        steps: Steps = lstm_back if _is_one_operation(weights) else partial(run_back, hr=weights.hr)
+        grads, *first = steps(gates, cell, squashed, output, h, c, weights.hh, backwards)
         projected = (whole[0].transpose(0, 1), first.pop()) if whole else None
         past, _ = beside(hidden.transpose(0, 1), backwards)
         return Found(grads, tuple(first), (past, grads), projected)
+
+
+Steps = Callable[..., list[Tensor]]
+
+
+def _is_one_operation(weights: Weights) -> bool:
+    """Tell whether a layer is to be one operation: in a graph, without a projection."""
+    return weights.hr is None and assumptions.current() is not None
 
 
 def run(
