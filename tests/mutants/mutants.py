@@ -1587,8 +1587,8 @@ MUTANTS = [
     ),
     Mutant(
         "random/aes.py",
-        "first * of_a_block)",
-        "0)",
+        "_stream_of_block(derived, first, precision)",
+        "_stream_of_block(derived, 0, precision)",
         "test_random.py -k slice",
         "a shard gets the noise of another",
     ),
@@ -1601,10 +1601,17 @@ MUTANTS = [
     ),
     Mutant(
         "random/aes.py",
-        "taken[:radii].view(torch.int64)",
-        "taken[: radii // 2].view(torch.int32).long() << 32",
+        "taken(stream, 8 * len(some)).view(np.int64)",
+        "taken(stream, 8 * len(some)).view(np.int64) >> 32 << 32",
         "test_random.py -k test_extreme_words or test_known_answers",
         "noise whose tail ends at 6.6 standard deviations",
+    ),
+    Mutant(
+        "random/aes.py",
+        "some = radii[start : start + _AT_ONCE // 8]",
+        "some = radii[: _AT_ONCE // 8]",
+        "test_random.py",
+        "all but the first radii of a block are old ones",
     ),
     Mutant(
         "random/chacha.py",

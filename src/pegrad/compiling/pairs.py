@@ -54,10 +54,8 @@ class Pairs:
             begin: the block's first number.
             parts: the body's inputs but the noise.
         """
-        radius_words, angle_words = aes.words_of_block(derived, numel, begin, self._precision)
-        # Here, since Inductor makes floats of 64-bit integers one by one, which takes as long as a logarithm.
-        words = radius_words.to(self._precision.compute), angle_words
-        pairs, at = len(radius_words), 0
+        words = aes.words_of_block(derived, numel, begin, self._precision)
+        pairs, at = len(words[0]), 0
         count = min(aes.BLOCK, numel - begin)
         for size in _SIZES:
             while at + size <= count - pairs:

@@ -5,11 +5,11 @@ On an accelerator the arithmetic runs there, of words that are copied to it bloc
 
 from collections.abc import Sequence
 from threading import local
-from typing import cast
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pegrad.random.box_muller import Precision, box_muller, fill, precision_of
@@ -27,7 +27,9 @@ def keystream(derived: bytes, position: int = 0) -> CipherContext:
     return Cipher(algorithms.AES(derived), modes.CTR((position // 16).to_bytes(16, "big"))).encryptor()
 
 
-_AT_ONCE = 1 << 16  # bytes: the zeros that are encrypted stay in the innermost caches
+Bytes = NDArray[np.uint8]
+
+_AT_ONCE = 1 << 17  # bytes: zeros that are encrypted, and words that become floats, stay in a core's own caches
 
 
 class Room:
@@ -41,9 +43,10 @@ class Room:
         self._zeros = memoryview(bytes(min(size, _AT_ONCE)))
         # cryptography before 43 asks for room for one block more than it writes.
         self._buffer = memoryview(bytearray(size + 15))
+        self._bytes = np.frombuffer(self._buffer, np.uint8, size)
 
-    def taken(self, stream: CipherContext, size: int) -> Tensor:
-        """Take the next `size` bytes of a keystream, `uint8`: overwritten by those that are taken after them."""
+    def taken(self, stream: CipherContext, size: int) -> Bytes:
+        """Take the next `size` bytes of a keystream: overwritten by those that are taken after them."""
         self.enter(stream, 0, size)
         return self.entered(size)
 
@@ -53,24 +56,60 @@ class Room:
             count = min(_AT_ONCE, begin + size - start)
             stream.update_into(self._zeros[:count], self._buffer[start : start + count + 15])
 
-    def entered(self, size: int) -> Tensor:
-        """View the first `size` bytes, `uint8`."""
-        return torch.from_numpy(np.frombuffer(self._buffer, np.uint8, size))
+    def entered(self, size: int) -> Bytes:
+        """View the first `size` bytes."""
+        return self._bytes[:size]
 
 
-def _kept_room(size: int) -> Room:
-    """Return room that this thread has had before, if it is enough: at most a few megabytes."""
-    if getattr(_KEPT, "size", 0) < size:
-        _KEPT.room, _KEPT.size = Room(size), size
-    return cast(Room, _KEPT.room)
+class BlockRoom:
+    """Room for what a block of normals is made of, taken again and again.
+
+    Radii become floats a few at a time, in memory that no other core reads. To write again what another core has read
+    takes several times as long as the cipher does, where the two share no cache.
+
+    Args:
+        precision: of the normals.
+        numbers: how many at most.
+    """
+
+    def __init__(self, precision: Precision, numbers: int) -> None:
+        pairs = (numbers + 1) // 2
+        self.numbers = numbers
+        self._precision = precision
+        self._some = Room(min(pairs * 8, _AT_ONCE))
+        self._radii = np.empty(pairs, str(precision.compute).removeprefix("torch."))
+        self._angles = Room(pairs * precision.word.itemsize)
+
+    def taken(self, stream: CipherContext, numbers: int) -> tuple[Tensor, Tensor]:
+        """Take the words of the next `numbers` normals: see `words_of_block`."""
+        radii = self._radii[: (numbers + 1) // 2]
+        for start in range(0, len(radii), _AT_ONCE // 8):
+            some = radii[start : start + _AT_ONCE // 8]
+            some[:] = self._some.taken(stream, 8 * len(some)).view(np.int64)
+        angles = self._angles.taken(stream, len(radii) * self._precision.word.itemsize)
+        return torch.from_numpy(radii), torch.from_numpy(angles).view(self._precision.word)
+
+    @staticmethod
+    def kept(precision: Precision, numbers: int) -> "BlockRoom":
+        """Return room that this thread has had before, if it is enough: one or two megabytes for a block."""
+        room = _KEPT.rooms.get(precision)
+        if room is None or room.numbers < numbers:
+            room = _KEPT.rooms[precision] = BlockRoom(precision, numbers)
+        return room
 
 
-_KEPT = local()
+class _Kept(local):
+    def __init__(self) -> None:
+        self.rooms: dict[Precision, BlockRoom] = {}
+
+
+_KEPT = _Kept()
 
 
 def words(stream: CipherContext, count: int, word: torch.dtype, device: torch.device) -> Tensor:
     """Take the next `count` integers of a keystream."""
-    return Room(count * word.itemsize).taken(stream, count * word.itemsize).view(word).to(device)
+    taken = Room(count * word.itemsize).taken(stream, count * word.itemsize)
+    return torch.from_numpy(taken).view(word).to(device)
 
 
 def normals(derived: bytes, numel: int, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -91,17 +130,16 @@ def normals(derived: bytes, numel: int, start: int, stop: int, dtype: torch.dtyp
     """
     precision = precision_of(dtype)
     first = start // BLOCK
-    of_a_block = _bytes(BLOCK, precision)
-    stream, room = keystream(derived, first * of_a_block), _kept_room(of_a_block)
+    stream, room = _stream_of_block(derived, first, precision), BlockRoom.kept(precision, min(BLOCK, numel))
     out = torch.empty(stop - start, dtype=precision.compute, device=device)
     for begin in range(first * BLOCK, stop, BLOCK):
         end = min(begin + BLOCK, numel)
         mine = out[max(begin - start, 0) : end - start]
         if mine.numel() == end - begin:
-            _fill(stream, room, precision, mine)
+            _fill(mine, *room.taken(stream, end - begin), precision)
         else:
             block = out.new_empty(end - begin)
-            _fill(stream, room, precision, block)
+            _fill(block, *room.taken(stream, end - begin), precision)
             mine.copy_(block[max(start - begin, 0) :][: mine.numel()])
     return out.to(dtype)
 
@@ -133,14 +171,14 @@ def each_normal(
         radii.enter(stream, begin * radius, count * radius)
         angles.enter(stream, begin * angle, count * angle)
         begin += count
-    radius_words = radii.entered(begin * radius).view(torch.int64).to(device)
-    angle_words = angles.entered(begin * angle).view(precision.word).to(device)
+    radius_words = torch.from_numpy(radii.entered(begin * radius)).view(torch.int64).to(device)
+    angle_words = torch.from_numpy(angles.entered(begin * angle)).view(precision.word).to(device)
     halves = (half.to(dtype).split(pairs) for half in box_muller(radius_words, angle_words, precision))
     return [torch.cat([cos, sin])[:numel] for numel, cos, sin in zip(numels, *halves, strict=True)]
 
 
 def words_of_block(derived: bytes, numel: int, begin: int, precision: Precision) -> tuple[Tensor, Tensor]:
-    """Take what a block of `numel` standard normals is made of: `box_muller`'s integers, of radii and of angles.
+    """Take what a block of `numel` standard normals is made of: `box_muller`'s words, those of radii as floats.
 
     The block's first half are the pairs' r·cos θ, its second half their r·sin θ.
 
@@ -153,24 +191,16 @@ def words_of_block(derived: bytes, numel: int, begin: int, precision: Precision)
     Returns:
         Two tensors, half as long as the block, rounded up: on the CPU, and good until this thread next draws.
     """
-    of_a_block = _bytes(BLOCK, precision)
-    stream, numbers = keystream(derived, begin // BLOCK * of_a_block), min(BLOCK, numel - begin)
-    return _next_words(stream, _kept_room(of_a_block), numbers, precision)
+    stream = _stream_of_block(derived, begin // BLOCK, precision)
+    numbers = min(BLOCK, numel - begin)
+    return BlockRoom.kept(precision, numbers).taken(stream, numbers)
 
 
-def _bytes(numbers: int, precision: Precision) -> int:
-    return (numbers + 1) // 2 * (torch.int64.itemsize + precision.word.itemsize)
+def _stream_of_block(derived: bytes, block: int, precision: Precision) -> CipherContext:
+    return keystream(derived, block * (BLOCK // 2) * (torch.int64.itemsize + precision.word.itemsize))
 
 
-def _next_words(stream: CipherContext, room: Room, numbers: int, precision: Precision) -> tuple[Tensor, Tensor]:
-    taken = room.taken(stream, _bytes(numbers, precision))
-    radii = (numbers + 1) // 2 * torch.int64.itemsize
-    return taken[:radii].view(torch.int64), taken[radii:].view(precision.word)
-
-
-def _fill(stream: CipherContext, room: Room, precision: Precision, out: Tensor) -> None:
-    """Fill a flat tensor with normals of the next words."""
-    radius_words, angle_words = _next_words(stream, room, out.numel(), precision)
+def _fill(out: Tensor, radius_words: Tensor, angle_words: Tensor, precision: Precision) -> None:
     fill(out, radius_words.to(out.device), angle_words.to(out.device), precision)
 
 
