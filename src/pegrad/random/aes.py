@@ -64,8 +64,9 @@ class Room:
 class BlockRoom:
     """Room for what a block of normals is made of, taken again and again.
 
-    Radii become floats a few at a time, in memory that no other core reads. To write again what another core has read
-    takes several times as long as the cipher does, where the two share no cache.
+    Words of radii become floats a few at a time, in memory that no other core reads. To write again what another core
+    has read takes several times as long as the cipher does, where the two share no cache; and Inductor makes floats of
+    64-bit integers one by one, which takes as long as a logarithm.
 
     Args:
         precision: of the normals.

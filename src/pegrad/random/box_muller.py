@@ -84,7 +84,7 @@ def uniform_of(words: Tensor, precision: Precision) -> Tensor:
 def _centred(words: Tensor, precision: Precision) -> Tensor:
     """Signed words as floats, moved by half a unit: symmetric around 0, and never 0."""
     if words.dtype == precision.compute:
-        return words.add(0.5)
+        return words.add(0.5)  # not over the words
     return words.to(precision.compute).add_(0.5)
 
 
