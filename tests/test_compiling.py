@@ -1,6 +1,7 @@
 """`pegrad.compile`: the graph gives what the call gives, for other numbers too, or is not used."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ import pegrad
 from cases import CASES, B, r
 from pegrad import clipping, optim, trees
 from pegrad.checking.compare import nudged
-from pegrad.compiling import blocks, pairs
+from pegrad.compiling import backends, blocks, pairs
 from pegrad.compiling.backends import Backend
 from pegrad.compiling.comparing import worst_difference
 from pegrad.compiling.function import preferred
@@ -396,6 +397,25 @@ def over_gradients(step_size):
     return lambda params: (), update
 
 
+def halving(step_size):
+    """An optimizer that counts in a tensor, which every leaf reads before it is written over."""
+
+    def update(grads, scale, params):
+        return trees.map(lambda g: g * scale * -step_size, grads), scale * 0.5
+
+    return lambda params: torch.ones(()), update
+
+
+def by_norm(step_size):
+    """An optimizer that goes number by number over one leaf, and needs all numbers of the other first."""
+
+    def update(grads, state, params):
+        large, small = grads["large"], grads["small"]
+        return {"large": large * -step_size, "small": small * (-step_size / small.norm())}, state
+
+    return lambda params: (), update
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of so few numbers that every leaf has several."""
@@ -467,14 +487,15 @@ def test_a_step_in_blocks_makes_nothing_of_a_leaf_size():
 def small_kernels(monkeypatch):
     """Compiled ones for so few pairs that every leaf has several, and pairs beside."""
     monkeypatch.setattr(pairs, "_SIZES", (8, 2))
-    monkeypatch.setattr(blocks, "_LARGE", 1)
+    monkeypatch.setattr(blocks, "_LARGE", 2)
     monkeypatch.setattr(aes, "TOGETHER", 0)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "late", "over its gradients"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "late", "over its gradients", "halving"])
 def test_a_step_whose_blocks_are_compiled_gives_the_same(small_kernels, name):
     """Catches: the two numbers of a pair in each other's place, a kernel of another leaf's, pairs that are left out."""
-    optimizers = {**OPTIMIZERS, "late": lambda: late(0.1), "over its gradients": lambda: over_gradients(0.1)}
+    others = {"late": late, "over its gradients": over_gradients, "halving": halving}
+    optimizers = {**OPTIMIZERS, **{name: partial(make, 0.1) for name, make in others.items()}}
     step = pegrad.dp_sgd(net, optimizers[name](), clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=4)
     ours, theirs = [(params(), step.init(params(), pegrad.random.key(0))) for _ in range(2)]
     compiled = pegrad.compile(step, *theirs, batch(0), MASK, backend="eager, aot_eager", donate=True)
@@ -483,6 +504,44 @@ def test_a_step_whose_blocks_are_compiled_gives_the_same(small_kernels, name):
         assert_same_bits(given, wanted)
         ours, theirs = wanted[:2], given[:2]
     assert compiled.misses == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "few", "small", "pieces"),
+    [(optim.adam, 1 << 8, 27, 2), (optim.adam, 5, 27, 1), (by_norm, 1 << 8, 70, 1), (halving, 1 << 8, 0, 1)],
+    ids=["in front", "too many", "large", "one must wait"],
+)
+def test_what_is_beside_blocks_is_compiled_in_one_piece(make, few, small, pieces, monkeypatch):
+    """Catches: a leaf that is never updated, one that finds what is written over after it, old numbers lost."""
+
+    def noting(graph, tensors, compile):
+        def note(graph, tensors):
+            compiled_for.append(graph)
+            return compile(graph, tensors)
+
+        return original(graph, tensors, note)
+
+    compiled_for = []
+    original = blocks.compiled_by_blocks
+    monkeypatch.setattr(backends, "compiled_by_blocks", noting)
+    monkeypatch.setattr(blocks, "_LARGE", 50)
+    monkeypatch.setattr(blocks, "_FEW", few)
+    monkeypatch.setattr(aes, "TOGETHER", 0)
+    parameters = {"large": torch.zeros(60), "small": torch.zeros(small)}
+    step = pegrad.dp_sgd(
+        lambda p, x: (p["large"] * x).sum() + p["small"].sin().sum() * x, make(0.1),
+        clip_norm=0.5, noise_multiplier=1.0, expected_batch_size=2,
+    )  # fmt: skip
+    ours, theirs = [(trees.map(torch.clone, parameters), step.init(parameters, pegrad.random.key(0))) for _ in range(2)]
+    compiled = pegrad.compile(step, *theirs, torch.ones(2), backend="aot_eager", donate=True)
+    assert len(compiled_for) == pieces  # a gradient, and what is beside the blocks
+    for x in (torch.ones(2), torch.zeros(2), torch.tensor([1.0, torch.inf])):
+        given, wanted = compiled(*theirs, x), step(*ours, x)
+        assert_same_bits(given, wanted)
+        if compiled.misses:
+            assert_same_bits(theirs, ours)
+        ours, theirs = wanted[:2], given[:2]
+    assert compiled.misses == 1
 
 
 @pytest.mark.parametrize("numbers", [700_000, (1 << 18) + (1 << 15) + 3])

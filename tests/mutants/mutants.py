@@ -2533,6 +2533,27 @@ MUTANTS = [
         "a leaf that lies otherwise in memory is never updated",
     ),
     Mutant(
+        "compiling/blocks.py",
+        "self._behind |= not self._done",
+        "self._behind |= False and not self._done",
+        "test_compiling.py -k beside_blocks and wait",
+        "what is beside the blocks is written over before they read it",
+    ),
+    Mutant(
+        "compiling/blocks.py",
+        "or any(map(_is_large, rest))",
+        "or False",
+        "test_compiling.py -k beside_blocks and large",
+        "several times the largest leaf is made at once",
+    ),
+    Mutant(
+        "compiling/blocks.py",
+        "for blocks, arguments in modules:",
+        "for blocks, arguments in modules[1:]:",
+        "test_compiling.py -k beside_blocks and front",
+        "a leaf is never updated where something is compiled beside the others",
+    ),
+    Mutant(
         "compiling/pairs.py",
         "seconds = [t[pairs + start : pairs + stop] for",
         "seconds = [t[start:stop] for",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pegrad.compiling.blocks import by_blocks
+from pegrad.compiling.blocks import by_blocks, compiled_by_blocks
 from pegrad.compiling.lstm import by_kernel
 from pegrad.errors import ArgumentError, CompileError
 from pegrad.torch_internals import compiler, inductor_settings
@@ -59,8 +59,7 @@ class Backend(NamedTuple):
                     f"Backend {self} cannot compile the graph: {type(error).__name__} (above)"
                 ) from error
 
-        blocks = by_blocks(graph, compile)
-        return compile(graph, tensors) if blocks is graph else blocks
+        return compiled_by_blocks(graph, tensors, compile)
 
 
 _PATTERNS = "pattern_matcher"  # breaks graphs with attention on a CPU

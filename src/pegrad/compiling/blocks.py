@@ -3,10 +3,11 @@
 Optimizers work number by number. So where the new numbers are written over the old ones, all operations can run on one
 block before they run on the next: what they make on the way takes the memory of a block, not of several times the
 largest leaf. Whether what the graph takes for granted holds is known before that, so nothing is made to be thrown away.
-The numbers are the same. A compiler can make one kernel of all that is done to a block: `pegrad.compiling.pairs`.
+The numbers are the same. A compiler can make one kernel of all that is done to a block, `pegrad.compiling.pairs`, and
+one function of what there is beside the blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -25,19 +26,33 @@ BLOCK = AES_BLOCK
 """Numbers of a leaf that are made at a time."""
 
 _LARGE = 1 << 14  # a leaf of fewer numbers is not worth it
+_FEW = 1 << 8  # operations beside the blocks: more take a compiler ten seconds, in networks whose steps are long
 
 
-def by_blocks(graph: GraphModule, compile: Compile | None = None) -> GraphModule:
+def by_blocks(graph: GraphModule) -> GraphModule:
     """Return a graph that gives the same, what writes over a leaf after the first stage done block by block.
 
     On a CPU: an accelerator takes as long over a few numbers as over many.
 
     Args:
         graph: a recorded one, or a stage of it.
-        compile: makes the kernels of a block; None: its operations run one by one.
+    """
+    writer = _Writer(graph.graph, None)
+    return GraphModule(writer.root, writer.graph) if writer.runs else graph
+
+
+def compiled_by_blocks(graph: GraphModule, tensors: Sequence[Tensor], compile: Compile) -> Callable[..., Any]:
+    """Compile a graph: kernels of a block where there are blocks, and what little is beside them in one piece.
+
+    Args:
+        graph: see `by_blocks`.
+        tensors: what it is compiled for.
+        compile: how.
     """
     writer = _Writer(graph.graph, compile)
-    return GraphModule(writer.root, writer.graph) if writer.runs else graph
+    if not writer.runs:
+        return compile(graph, tensors)
+    return writer.compiled_beside(tensors, compile) or GraphModule(writer.root, writer.graph)
 
 
 class _Writer:
@@ -59,18 +74,50 @@ class _Writer:
         self.runs = 0
         self._copies: dict[Node, Node] = {}
         self._run: dict[Node, None] = {}
-        waits_for = before([node for node in old.nodes if node.meta.get(STAGE)])
+        self._done: set[Node] = set()  # in blocks
+        self._behind = False  # whether something must run after a block
+        self._waits_for = before([node for node in old.nodes if node.meta.get(STAGE)])
         for node in old.nodes:
             if _goes_number_by_number(node):
                 if _count(node) != _count(next(iter(self._run), node)):
                     self._flush()
                 self._run[node] = None
             else:
-                if not self._run.keys().isdisjoint(waits_for.get(node, self._run)):
+                if not self._run.keys().isdisjoint(self._waits_for.get(node, self._run)):
                     self._flush()
                 self._copy(node)
 
+    def compiled_beside(self, tensors: Sequence[Tensor], compile: Compile) -> Callable[..., Any] | None:
+        """Compile what is beside the blocks, in front of them; None: it is much, has a leaf's size, or must wait.
+
+        Args:
+            tensors: what it is compiled for.
+            compile: how.
+        """
+        rest = [node for node in self.graph.nodes if node.op == "call_function"]
+        if self._behind or len(rest) > _FEW or any(map(_is_large, rest)):
+            return None
+        calls = [node for node in self.graph.nodes if node.op == "call_module"]
+        modules = [(self.root.get_submodule(call.target), call.args) for call in calls]
+        inputs, results = self.graph.find_nodes(op="placeholder"), cast(list[Node], self.graph.output_node().args[0])
+        passed = list(dict.fromkeys(node for call in calls for node in call.all_input_nodes if node not in inputs))
+        beside, copies = Graph(), dict[Node, Node]()
+        for node in (*inputs, *rest):
+            copies[node] = beside.node_copy(node, copies.__getitem__)
+        beside.output([copies[node] for node in (*results, *passed)])
+        compiled = compile(GraphModule(nn.Module(), beside), tensors)
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            found: Sequence[Tensor] = compiled(*tensors)
+            values = dict(zip((*inputs, *passed), (*tensors, *found[len(results) :]), strict=True))
+            for blocks, arguments in modules:
+                blocks(*(values[node] for node in arguments))
+            return found[: len(results)]
+
+        return run
+
     def _copy(self, node: Node) -> None:
+        self._behind |= not self._done.isdisjoint(self._waits_for.get(node, ()))
         self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
 
     def _flush(self) -> None:
@@ -88,6 +135,7 @@ class _Writer:
                 self._copy(node)
             return
         inputs = list(dict.fromkeys(i for node in run for i in node.all_input_nodes if i not in run))
+        self._done.update(run)
         name = f"blocks_{self.runs}"
         self.runs += 1
         blocks = _Blocks(run, cast(list[_Renewal], renewals), inputs)
@@ -243,7 +291,7 @@ def _goes_number_by_number(node: Node) -> bool:
     target, look = node.target, node.meta.get(LOOK)
     if not node.meta.get(STAGE) or not isinstance(target, Operation) or not isinstance(look, Look):
         return False
-    if look.shape.numel() < _LARGE or look.device != "cpu":
+    if not _is_large(node) or look.device != "cpu":
         return False
     if target is _NORMAL:
         return True
@@ -267,6 +315,11 @@ def _whole(argument: Any) -> Any:
 def _is_leaf(node: Node, count: int) -> bool:
     look = node.meta.get(LOOK)
     return isinstance(look, Look) and look.shape.numel() == count
+
+
+def _is_large(node: Node) -> bool:
+    look = node.meta.get(LOOK)
+    return isinstance(look, Look) and look.shape.numel() >= _LARGE
 
 
 def _count(node: Node) -> int:

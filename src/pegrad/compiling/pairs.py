@@ -20,7 +20,7 @@ Compile = Callable[[GraphModule, Sequence[Tensor]], Callable[..., Any]]
 Kernels = dict[Hashable, Callable[..., Any]]
 """What was compiled, by all that it depends on."""
 
-_SIZES = (1 << 17, 1 << 14, 1 << 12)  # pairs that a kernel takes; fewer run as they are
+_SIZES = (1 << 17, 1 << 15, 1 << 14, 1 << 12)  # pairs that a kernel takes; fewer run as they are
 
 
 class Pairs:

@@ -151,7 +151,7 @@ def derive_for_each(key: Tensor, uses: Iterable[tuple[int, bytes]]) -> list[byte
 
 def as_key(digest: bytes) -> Key:
     """Make a key of 32 bytes."""
-    return torch.tensor(list(digest), dtype=torch.uint8, device="cpu").as_subclass(Key)
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8).as_subclass(Key)
 
 
 def key_bytes(key: Tensor) -> bytes:
@@ -163,14 +163,14 @@ def key_bytes(key: Tensor) -> bytes:
     Raises:
         ArgumentError: `key` is not a key, or a graph is being traced.
     """
-    check_key(key)
     if _tracer() is not None:
         raise ArgumentError(
             "Expected no graph to be traced where a key's bytes are read: whatever is derived from them would be a "
             "constant of the graph, and its noise the same at every run. Derive keys outside, by "
             "pegrad.random.leaf_keys, make them an input of the graph, and draw by each_normal_from."
         )
-    with without_subclasses():  # `Key` would look at each of the numbers
+    with without_subclasses():  # `Key` would look at all that is read
+        check_key(key)
         return bytes(key.tolist())
 
 
