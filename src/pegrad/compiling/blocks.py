@@ -26,7 +26,7 @@ BLOCK = AES_BLOCK
 """Numbers of a leaf that are made at a time."""
 
 _LARGE = 1 << 14  # a leaf of fewer numbers is not worth it
-_FEW = 1 << 8  # operations beside the blocks: more take a compiler ten seconds, in networks whose steps are long
+_FEW = 1 << 8  # operations beside the blocks: more take a compiler long, and are little of steps that are long
 
 
 def by_blocks(graph: GraphModule) -> GraphModule:
