@@ -552,7 +552,7 @@ MUTANTS = [
     ),
     Mutant(
         "plan/candidates.py",
-        "room = 1.4 * sum(use.numbers for use in uses)",
+        "room = 1.5 * sum(use.numbers for use in uses)",
         "room = 1e30",
         "test_rules.py -k not_kept_even_where",
         "a batch of stacked gradients is kept in memory",

@@ -129,7 +129,7 @@ def choose(uses: Sequence[Shaped], timings: Timings, *, keep: bool) -> Candidate
     options = candidates(uses, timings)
     if not keep:
         return min(options, key=lambda candidate: (candidate.norm_time, candidate.keeps))
-    room = 1.4 * sum(use.numbers for use in uses)
+    room = 1.5 * sum(use.numbers for use in uses)
     return next((c for c in options if c.numbers <= room), options[0])
 
 
