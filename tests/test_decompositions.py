@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 import oracle
 import pegrad
-from pegrad.reductions.native import Magnitudes
+from pegrad.reductions.guarded import Magnitudes
 from pegrad.rules import gram
 from pegrad.rules.blocks import BlockWeights
 from test_rules import Largest

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import oracle
 import pegrad
 from hostile import Attack, movement
-from pegrad.reductions.native import Magnitudes
+from pegrad.reductions.guarded import Magnitudes
 from pegrad.rules import gram
 from pegrad.rules.recurrent import calls
 

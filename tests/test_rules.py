@@ -13,7 +13,7 @@ import pegrad
 from pegrad import random
 from pegrad.call import Call
 from pegrad.papers import models
-from pegrad.reductions.native import Magnitudes
+from pegrad.reductions.guarded import Magnitudes
 from pegrad.rules import gram
 from pegrad.rules.conv import kernels, norms
 from pegrad.rules.conv.geometry import Geometry

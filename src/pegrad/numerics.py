@@ -129,7 +129,9 @@ def take_rows(t: Tensor, rows: Tensor, batch: int) -> Tensor:
 
 
 def _spread(values: Tensor, t: Tensor) -> Tensor:
-    return values.repeat_interleave(t.shape[0] // values.shape[0]).reshape(-1, *[1] * (t.dim() - 1))
+    several = t.shape[0] // values.shape[0]
+    values = values if several == 1 else values.repeat_interleave(several)
+    return values.reshape(-1, *[1] * (t.dim() - 1))
 
 
 @contextmanager

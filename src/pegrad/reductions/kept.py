@@ -11,6 +11,7 @@ from pegrad.plan.candidates import Candidate
 from pegrad.plan.parts import Part
 from pegrad.plan.plan import Choose, Group
 from pegrad.problem import Leaves, Problem
+from pegrad.reductions.guarded import Found
 from pegrad.reductions.leaves import LeafSums
 from pegrad.reductions.native import stacked_parts, stacked_pieces
 from pegrad.reductions.norms import Finish, Norms
@@ -42,6 +43,8 @@ class KeptSums(Norms):
         """For each clipping group rows `(B, *source.shape)`, by source, that are entered but not measured."""
         self._numbers = [0] * len(grouping.weightings)
         """How many numbers those have."""
+        self._found: list[dict[Group, Found]] = [{} for _ in grouping.weightings]
+        """For each clipping group the norms that were found, but not looked at yet: at all of them at once."""
         self._awaited = [0] * len(grouping.weightings)
         for group in self.plan.groups:
             if group.way != "stacked":
@@ -52,14 +55,14 @@ class KeptSums(Norms):
     def squared_norms(self) -> Tensor:
         """See `Norms.squared_norms`."""
         for together in range(len(self._small)):
-            self._measure_small(together)
+            self._measure_waiting(together)
         return super().squared_norms()
 
     def total(self) -> Leaves:
         """Return the weighted sum for each leaf, once all is entered."""
-        for together, waiting in enumerate(self._finish):
-            self._measure_small(together)
-            if waiting:  # the loss does not depend on all of the group's leaves after all
+        for together in range(len(self._finish)):
+            self._measure_waiting(together)
+            if self._finish[together]:  # the loss does not depend on all of the group's leaves after all
                 self._sum(together)
         return self._sums.leaves()
 
@@ -70,12 +73,32 @@ class KeptSums(Norms):
         self._awaited[together] -= groups
         if not self._awaited[together]:
             self._sum(together)
-        elif self._awaited[together] == len(self._small[together]):
-            self._measure_small(together)
+        else:
+            self._measure_last(together)
+
+    def _waiting(self, together: int) -> int:
+        return len(self._small[together]) + len(self._found[together])
+
+    def _measure_last(self, together: int) -> None:
+        """Measure what waits to be, if nothing else of its clipping group will come in."""
+        if self._awaited[together] == self._waiting(together):
+            self._measure_waiting(together)
+
+    def _measure_waiting(self, together: int) -> None:
+        self._measure_small(together)
+        self._measure_found(together)
+
+    def _enter_found(self, group: Group, found: Found, together: int) -> None:
+        self._found[together][group] = found
+        self._measure_last(together)
+
+    def _measure_found(self, together: int) -> None:
+        found, self._found[together] = self._found[together], {}
+        self._look(found, together)
 
     def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
-        if self._awaited[together] == len(self._small[together]) + 1:
-            self._measure_small(together)
+        if self._awaited[together] == self._waiting(together) + 1:
+            self._measure_waiting(together)
             self._enter_last(group, choice, parts, together)
             return
         self._enter_rows(together, group.source, stacked_pieces(choice.kernels, parts, self.batch))
@@ -89,8 +112,7 @@ class KeptSums(Norms):
             self._measure_small(together)
         self._small[together].append((source, rows))
         self._numbers[together] += rows.numel()
-        if self._awaited[together] == len(self._small[together]):
-            self._measure_small(together)
+        self._measure_last(together)
 
     def _measure_small(self, together: int) -> None:
         """Measure a clipping group's small leaves that have been entered, all in one."""

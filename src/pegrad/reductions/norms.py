@@ -1,6 +1,6 @@
 """Norms of each clipping group, and the weighted sums in a second backward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,8 +16,9 @@ from pegrad.problem import Leaves, Problem
 from pegrad.reductions import rounding
 from pegrad.reductions.base import Reduction
 from pegrad.reductions.grouped import Grouped
+from pegrad.reductions.guarded import Found, Magnitudes, guarded
 from pegrad.reductions.leaves import LeafSums, pull_rows, squares_of
-from pegrad.reductions.native import Magnitudes, NativeSum, guarded_norms, stacked_parts
+from pegrad.reductions.native import NativeSum, stacked_parts
 from pegrad.tracing.trace import Trace
 
 Finish = Callable[[Weights], Sequence[tuple[Tensor, Tensor]]]
@@ -56,7 +57,7 @@ class Norms(Grouped):
     gradients are stacked and added before the norm is taken.
 
     A stacked gradient is safe as it is: what is weighed is what was measured. Where the sum is a product of its own,
-    or the norm a difference of large numbers, `NativeSum` and `guarded_norms` see to it that both are of one gradient.
+    or the norm a difference of large numbers, `NativeSum` and `guarded` see to it that both are of one gradient.
 
     Args:
         trace: the trace that will be run backward.
@@ -113,8 +114,16 @@ class Norms(Grouped):
         if choice.keeps:  # the sum is one of stacked gradients
             self._enter_kept(group, choice, parts, together)
             return
-        squares, shares = guarded_norms(choice, parts, self.batch, self.grouping.weightings[together].floor)
-        self._enter_native(group, NativeSum(group.source, shares), parts, together, squares)
+        self._enter_found(group, Found.by(choice, parts, self.batch), together)
+
+    def _enter_found(self, group: Group, found: Found, together: int) -> None:
+        self._look({group: found}, together)
+
+    def _look(self, found: Mapping[Group, Found], together: int) -> None:
+        """Look at what was found for some groups of uses, and enter it."""
+        looked = guarded([*found.values()], self.batch, self.grouping.weightings[together].floor)
+        for (group, each), (squares, shares) in zip(found.items(), looked, strict=True):
+            self._enter_native(group, NativeSum(group.source, shares), each.parts, together, squares)
 
     def _enter_kept(self, group: Group, choice: Candidate, parts: list[Part], together: int) -> None:
         pieces = stacked_parts(choice.kernels, parts, self.batch)
@@ -175,7 +184,9 @@ class Norms(Grouped):
         noise = _NOISE * squares_of(apart).sqrt()
         return squares_of({leaf: rows[:-1] for leaf, rows in pulled.items()}), noise
 
-    def _enter_native(self, group: Group, native: NativeSum, parts: list[Part], together: int, squares: Tensor) -> None:
+    def _enter_native(
+        self, group: Group, native: NativeSum, parts: Sequence[Part], together: int, squares: Tensor
+    ) -> None:
         self.native[group] = native
         dtype = accumulator(parts[0].g.dtype, self.rows)
         frees = sum(part.numbers for part in parts) - group.source.numel()
