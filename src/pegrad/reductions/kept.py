@@ -148,7 +148,7 @@ class KeptSums(Norms):
     def _sum(self, together: int) -> None:
         weights = Weights.of(self.grouping.weightings[together], self._squares[together], self._mask)
         waiting = self._finish[together]
-        waiting.sort(key=lambda finish: finish[0])
+        waiting.sort(key=lambda finish: min(finish[0], 0))
         while waiting:  # what was kept is let go, use by use, first what makes room for the others
             _, finish = waiting.pop()
             for source, total in finish(weights):
