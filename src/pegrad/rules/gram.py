@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -105,9 +106,9 @@ def gram_norm(x: Tensor, g: Tensor, block: int = BLOCK, gram_of_g: Gram = gram) 
         inputs, outputs = (torch.linalg.vecdot(t, t).squeeze(1) for t in (x, g))
         return Squares(inputs * outputs, inputs * outputs, inputs, outputs)
     columns = max(1, min(_columns_by_symmetry(positions), block // (batch * positions)))
+    lone = columns > 1 and positions % columns == 1  # a class token: products like one row too many less than one apart
     norms, diagonals = x.new_zeros(batch), []
-    for start in range(0, positions, columns):
-        stop = min(start + columns, positions)
+    for start, stop in pairwise([0, *range(1 if lone else columns, positions, columns), positions]):
         products, weights = gram(x, start, stop), gram_of_g(g, start, stop)
         diagonals.append(diagonals_of(products, weights))
         by_row = products.mul_(weights).sum(2)
