@@ -29,20 +29,28 @@ def attention(
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
     tensors = _copied(trace, tensors, "attention")
     axes = max(3, *(t.dim() for t in tensors))
-    aligned = [t.reshape(*[1] * (axes - t.dim()), *t.shape) for t in tensors]
+    aligned = [t if t.dim() == axes else t.reshape(*[1] * (axes - t.dim()), *t.shape) for t in tensors]
     added = axes - max(t.dim() for t in tensors)
 
     def run(*physical: Tensor) -> Tensor:
         # The fast kernels take four axes: all before heads, positions and channels are one.
-        leading = torch.broadcast_shapes(*(t.shape[:-3] for t in physical))
-        q, k, v, *mask = (t.expand(*leading, *t.shape[-3:]).flatten(0, -4) for t in physical)
+        shapes = {t.shape[:-3] for t in physical}
+        leading = torch.broadcast_shapes(*shapes) if len(shapes) > 1 else shapes.pop()
+        q, k, v, *mask = (_one_axis(t, leading) for t in physical)
         y = F.scaled_dot_product_attention(
             q, k, v, mask[0] if mask else None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        return y.unflatten(0, leading)
+        return y.unflatten(0, leading) if len(leading) > 1 else y
 
     y = trace.run(run, *aligned)
     return y.flatten(0, added) if added else y
+
+
+def _one_axis(t: Tensor, leading: torch.Size) -> Tensor:
+    """Make one axis of all before the last three, expanded to a shape."""
+    if t.shape[:-3] != leading:
+        t = t.expand(*leading, *t.shape[-3:])
+    return t.flatten(0, -4) if len(leading) > 1 else t
 
 
 def column_stack(trace: Recorder, tensors: Sequence[Tensor]) -> Tensor:
