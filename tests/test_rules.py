@@ -13,12 +13,14 @@ import pegrad
 from pegrad import random
 from pegrad.call import Call
 from pegrad.papers import models
-from pegrad.reductions.guarded import Magnitudes
+from pegrad.plan.parts import Part
+from pegrad.reductions.guarded import Found, Magnitudes, guarded
 from pegrad.rules import gram
 from pegrad.rules.conv import kernels, norms
 from pegrad.rules.conv.geometry import Geometry
 from pegrad.rules.costs import Work
 from pegrad.rules.gram import SharedGram, gram_norm
+from pegrad.rules.linear import LinearWeight
 
 
 @pytest.fixture(autouse=True)
@@ -200,10 +202,11 @@ def test_bounds_are_reached():
     assert all(0.9 < ratio <= 1 for ratio in ratios.values())
 
 
+@pytest.mark.parametrize("positions", [23, 65])
 @pytest.mark.parametrize("block", [1, 40, 1000, 1 << 24])
-def test_blocked_and_unblocked_gram_kernels_agree(block, monkeypatch):
+def test_blocked_and_unblocked_gram_kernels_agree(block, positions, monkeypatch):
     """Catches: a last block cut short, an off-diagonal block counted once, a block without the kernel's reach."""
-    x, g = r(3, 23, 4), r(3, 23, 5)
+    x, g = r(3, positions, 4), r(3, positions, 5)
     exact = (g.mT @ x).flatten(1).square().sum(1)
     terms = (g.square().sum(2) * x.square().sum(2)).sum(1)
     inputs, outputs = x.square().sum((1, 2)), g.square().sum((1, 2))
@@ -360,6 +363,57 @@ def test_what_makes_room_is_summed_first(monkeypatch):
 
     pegrad.clipped_grad(loss, clip_norm=1.0)(params, r(3, 60))
     assert order == [90 * 8, 80 * 60, 80 * 80]
+
+
+def test_of_what_makes_room_the_last_is_summed_first(monkeypatch):
+    """Catches: one that has long left the cache, because it was the larger."""
+    order = []
+    add = pegrad.reductions.kept.LeafSums.add
+    monkeypatch.setattr(
+        pegrad.reductions.kept.LeafSums,
+        "add",
+        lambda sums, leaf, total: (order.append(leaf.numel()), add(sums, leaf, total)),
+    )
+    params = [r(70, 60), r(80, 70), r(90, 80)]
+
+    def loss(params, x):
+        for weight in params:
+            x = F.linear(x, weight).tanh()
+        return x.square().sum()
+
+    pegrad.clipped_grad(loss, clip_norm=1.0)(params, r(9, 10, 60))
+    assert order == [weight.numel() for weight in params]  # a backward pass meets the first last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_are_looked_at_together_and_made_again_one_by_one(dtype):
+    """Catches: a norm made again from another use's gradients, or not at all; bounds of few terms for many."""
+    found = []
+    for positions in (2, 2, 900, 2):
+        x, g = r(3, positions, 4).to(dtype), r(3, positions, 5).to(dtype)
+        if len(found) == 1:  # terms that cancel but for a little
+            x[1], g[1] = torch.stack([x[1, 0], -x[1, 0] * (1 + 1e-5)]) * 1e3, g[1, :1]
+        part = Part(LinearWeight(r(5, 4).to(dtype), "linear"), x, g)
+        (kernel,) = part.site.norming(*part.shapes).values()
+        found.append(Found([part], [kernel.run(x, g)]))
+    assert len({each.kind for each in found}) == 2
+    answers = guarded(found, 3, 1e-3)
+    for each, (squares, (share,)) in zip(found, answers, strict=True):
+        (part,) = each.parts
+        exact = part.g.double().mT @ part.x.double()
+        torch.testing.assert_close(squares, exact.flatten(1).square().sum(1), rtol=1e-5, atol=0)
+        torch.testing.assert_close(share, Magnitudes(part.site, part.x, part.g).share_errors(), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("wide", [3, 7])
+@pytest.mark.parametrize("positions", [255, 256])
+def test_sums_of_many_rows_with_the_wider_first_are_the_same(positions, wide):
+    """Catches: a sum that is transposed, or lies so in memory."""
+    x, g = r(8, positions, wide), r(8, positions, 5)
+    site = LinearWeight(r(5, wide), "linear")
+    total = site.summing(tuple(x.shape), tuple(g.shape)).run(x, g)
+    torch.testing.assert_close(total, torch.einsum("btp,btd->pd", g, x), rtol=1e-10, atol=1e-12)
+    assert total.is_contiguous()
 
 
 def test_ghost_never_stacks_a_whole_batch(monkeypatch):

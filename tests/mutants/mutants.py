@@ -32,7 +32,7 @@ MUTANTS = [
         "gradients of a kernel and of its transpose are added as they lie",
     ),
     Mutant(
-        "reductions/native.py",
+        "reductions/guarded.py",
         "total += 2 * inner(a, b).double()",
         "total += inner(a, b).double()",
         "test_joint.py -k tied",
@@ -40,8 +40,8 @@ MUTANTS = [
     ),
     Mutant(
         "reductions/native.py",
-        "alone |= rounding.mistrusted_shares(",
-        "alone = rounding.mistrusted_shares(",
+        "            or_,\n",
+        "            lambda first, last: last,\n",
         "test_sensitivity.py -k looked_up",
         "of a tied table's uses only the last is looked at: the others may swallow the sum",
     ),
@@ -260,10 +260,17 @@ MUTANTS = [
     # Clipping by groups, inside the backward pass
     Mutant(
         "reductions/kept.py",
-        "waiting.sort(key=lambda finish: finish[0])",
+        "waiting.sort(key=lambda finish: min(finish[0], 0))",
         "pass",
         "test_rules.py -k what_makes_room",
         "sums as large as their leaves are made while all else is kept",
+    ),
+    Mutant(
+        "reductions/kept.py",
+        "min(finish[0], 0)",
+        "finish[0]",
+        "test_rules.py -k of_what_makes_room",
+        "what came last is summed when it has left the cache",
     ),
     Mutant(
         "reductions/kept.py",
@@ -281,7 +288,7 @@ MUTANTS = [
     ),
     Mutant(
         "reductions/kept.py",
-        "if self._awaited[together] == len(self._small[together]) + 1:",
+        "if self._awaited[together] == self._waiting(together) + 1:",
         "if self._awaited[together] >= 1:",
         "test_clipping_kinds.py -k in_turns and convolution and book_keeping",
         "a leaf is weighed before the norms of the others of its group are known",
@@ -444,9 +451,9 @@ MUTANTS = [
         "what is stacked in pieces is weighed by other pieces' weights",
     ),
     Mutant(
-        "reductions/native.py",
-        "self.g.dtype) + lengths.sum(0).add_(1).mul_(lacking)",
-        "self.g.dtype)",
+        "reductions/guarded.py",
+        "dtype) + lengths.sum(1).add_(1).mul_(lacking)",
+        "dtype)",
         "test_sensitivity.py::test_no_hostile_example_moves_the_sum_further -k vanish and ghost",
         "products too small for float32 make a norm of zero",
     ),
@@ -545,10 +552,31 @@ MUTANTS = [
     ),
     Mutant(
         "reductions/norms.py",
-        "guarded_norms(choice, parts, self.batch, self.grouping.weightings[together].floor)",
-        "guarded_norms(choice, parts, self.batch, 0.0)",
+        "self.batch, self.grouping.weightings[together].floor)",
+        "self.batch, 0.0)",
         "test_sensitivity.py -k float64_cannot_measure",
         "a row that float64 cannot measure is added all the same",
+    ),
+    Mutant(
+        "reductions/guarded.py",
+        "_remake(squares[i], those[i].parts,",
+        "_remake(squares[i], those[0].parts,",
+        "test_rules.py -k looked_at_together",
+        "of norms that are looked at together, one that is mistrusted is made again from another's gradients",
+    ),
+    Mutant(
+        "reductions/guarded.py",
+        "return self.positions, self.parts[0].g.dtype",
+        "return self.parts[0].g.dtype",
+        "test_rules.py -k looked_at_together",
+        "sums of few terms and of many are taken to round alike",
+    ),
+    Mutant(
+        "rules/linear.py",
+        "(right.mT @ left).mT.contiguous()",
+        "(right.mT @ left).mT",
+        "test_rules.py -k wider_first",
+        "a gradient lies transposed in memory",
     ),
     Mutant(
         "plan/candidates.py",

@@ -124,13 +124,14 @@ def choose(uses: Sequence[Shaped], timings: Timings, *, keep: bool) -> Candidate
         uses: the uses of the parameter, those of one kind taken for one.
         timings: what has been measured; the rest is estimated.
         keep: whether something may be kept for the sum. If so, the cheapest way to both is picked, among those that
-            keep no more than a small multiple of input and output gradient; if not, the cheapest way to the norms.
+            keep less than one and a half times what input and output gradient are; if not, the cheapest way to the
+            norms.
     """
     options = candidates(uses, timings)
     if not keep:
         return min(options, key=lambda candidate: (candidate.norm_time, candidate.keeps))
     room = 1.5 * sum(use.numbers for use in uses)
-    return next((c for c in options if c.numbers <= room), options[0])
+    return next((c for c in options if c.numbers < room), options[0])
 
 
 class Choices:
