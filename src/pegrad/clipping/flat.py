@@ -150,7 +150,9 @@ class Normalised(Together):
     """Weight `C / ‖g‖`: every gradient has norm C, only those shorter than 1e-9 less.
 
     A gradient of nothing but rounding is made as long as any other. Where that cannot be told from a gradient, even in
-    float64, the example contributes zero and is counted as not finite.
+    float64, the example contributes zero and is counted as not finite. Leaves that the loss does not depend on but for
+    rounding (a bias of attention's keys) must not be clipped by themselves, for rounding depends on what else is in the
+    batch: see "Not covered" in `docs/rounding.md`.
 
     Args:
         clip_norm: C.

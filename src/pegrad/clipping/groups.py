@@ -53,6 +53,8 @@ class _Equal(ABC):
 class PerLeaf(_Equal):
     """Each leaf by itself, to `C/√G` where there are G leaves.
 
+    The loss must depend on each by more than rounding: see "Not covered" in `docs/rounding.md`.
+
     Args:
         clip_norm: bound C on the norm of a clipped gradient over all leaves, which is the sensitivity.
         weighting: how each leaf is clipped to its bound: `Flat`, or another that takes a bound and keeps to it.
