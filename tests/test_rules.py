@@ -346,8 +346,8 @@ def test_small_leaves_are_measured_together(block, clip_norm, monkeypatch):
     assert len(storages) == len(params)  # a leaf's gradient is no part of all leaves'
 
 
-def test_what_makes_room_is_summed_first(monkeypatch):
-    """Catches: a sum as large as its leaf, made while what others keep is still there."""
+def order_of_sums(monkeypatch):
+    """Note the sizes of leaves in the order in which they are summed."""
     order = []
     add = pegrad.reductions.kept.LeafSums.add
     monkeypatch.setattr(
@@ -355,6 +355,12 @@ def test_what_makes_room_is_summed_first(monkeypatch):
         "add",
         lambda sums, leaf, total: (order.append(leaf.numel()), add(sums, leaf, total)),
     )
+    return order
+
+
+def test_what_makes_room_is_summed_first(monkeypatch):
+    """Catches: a sum as large as its leaf, made while what others keep is still there."""
+    order = order_of_sums(monkeypatch)
     params = {"first": r(80, 60), "middle": r(80, 80), "last": r(90, 8)}
 
     def loss(params, x):
@@ -367,13 +373,7 @@ def test_what_makes_room_is_summed_first(monkeypatch):
 
 def test_of_what_makes_room_the_last_is_summed_first(monkeypatch):
     """Catches: one that has long left the cache, because it was the larger."""
-    order = []
-    add = pegrad.reductions.kept.LeafSums.add
-    monkeypatch.setattr(
-        pegrad.reductions.kept.LeafSums,
-        "add",
-        lambda sums, leaf, total: (order.append(leaf.numel()), add(sums, leaf, total)),
-    )
+    order = order_of_sums(monkeypatch)
     params = [r(70, 60), r(80, 70), r(90, 80)]
 
     def loss(params, x):

@@ -95,8 +95,7 @@ def clippings(draw):
         "flat": lambda c: c,
     }
     kind = kinds[draw(st.sampled_from(list(kinds)))]
-    # Doubled, the normalised one would have a leaf with a gradient of rounding alone: see below.
-    if attack.loss is not _normalised and draw(st.booleans()):
+    if draw(st.booleans()):
         return doubled(attack), PerLeaf(clip_norm, kind) if kind is not kinds["flat"] else PerLeaf(clip_norm)
     return attack, kind(clip_norm)
 
